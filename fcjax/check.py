@@ -1,0 +1,178 @@
+"""The front door: what is wrong with an argument, and what to do about it."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fcjax.errors import FrontContributionError
+from fcjax.names import path_name
+from fcjax.trace import Body, Value
+
+__all__ = ["inferred_arguments", "options", "outputs", "params", "shapes", "structure", "tracing"]
+
+EXACTNESS = ("discrete", "flow", "approximate")
+OBJECTIVES = ("time", "memory")
+
+
+def options(apply_fn: Any, optimizer: Any, exactness: Any, objective: Any, data: Any) -> None:
+    """Checks the arguments of ``front_contribute`` that are no arrays.
+
+    Raises:
+      FrontContributionError: naming the argument.
+    """
+    if not callable(apply_fn):
+        raise FrontContributionError(
+            f"apply_fn must be a function apply_fn(params, *args), got {type(apply_fn).__name__}; "
+            "for a Flax module pass module.apply"
+        )
+    parts = [getattr(optimizer, name, None) for name in ("init", "update")]
+    if optimizer is not None and not all(callable(part) for part in parts):
+        raise FrontContributionError(
+            f"optimizer must be an optax.GradientTransformation such as optax.sgd(1e-2), got "
+            f"{type(optimizer).__name__}"
+        )
+    for name, value, known in (
+        ("exactness", exactness, EXACTNESS),
+        ("objective", objective, OBJECTIVES),
+    ):
+        if value not in known:
+            raise FrontContributionError(f"{name} must be one of {known}, got {value!r}")
+    if data is not None:
+        raise FrontContributionError(
+            "data= asks for input-span compression, which this version does not have; leave it out"
+        )
+
+
+def params(tree: Any) -> None:
+    """Checks that parameters are finite arrays.
+
+    Raises:
+      FrontContributionError: naming the leaf.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if not leaves:
+        raise FrontContributionError("params is empty: there is nothing to train")
+    for path, leaf in leaves:
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+            raise FrontContributionError(
+                f"params leaf {path_name(path)} is a {type(leaf).__name__}, not an array; convert "
+                "it with jnp.asarray, or keep it out of params (eqx.partition, nnx.split)"
+            )
+    if not any(jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in leaves):
+        raise FrontContributionError("params has no floating-point leaf: there is nothing to train")
+    for path, leaf in leaves:
+        known = not isinstance(leaf, jax.core.Tracer) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        if known and bool(jnp.isnan(leaf).any()):
+            raise FrontContributionError(
+                f"params leaf {path_name(path)} has NaN entries; check its initialisation"
+            )
+
+
+def structure(tree: Any, expected: Any, what: str) -> None:
+    """Checks the structure of parameters given to ``apply``, ``expand`` or ``reduce``.
+
+    Raises:
+      FrontContributionError: with both structures.
+    """
+    got = jax.tree.structure(tree)
+    if got != expected:
+        raise FrontContributionError(
+            f"the {what} given have another structure than this network's; pass fc.params or what "
+            f"an optimizer made of it.\n  expected {expected}\n  got      {got}"
+        )
+
+
+def shapes(leaves: Sequence[Any], avals: Sequence[Any], paths: Sequence[str]) -> None:
+    """Checks the shapes of parameter leaves.
+
+    Raises:
+      FrontContributionError: naming the first leaf that differs.
+    """
+    for leaf, aval, path in zip(leaves, avals, paths, strict=True):
+        if np.shape(leaf) != tuple(aval.shape):
+            raise FrontContributionError(
+                f"params leaf {path} has shape {np.shape(leaf)}, but {tuple(aval.shape)} was given "
+                "to front_contribute; call it again for other shapes"
+            )
+
+
+@contextlib.contextmanager
+def tracing(arguments: Sequence[Any]) -> Iterator[None]:
+    """Turns what goes wrong while tracing into an error with a remedy.
+
+    Raises:
+      FrontContributionError: from the original error.
+    """
+    try:
+        yield
+    except FrontContributionError:
+        raise
+    except Exception as error:
+        given = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arguments)
+        first_line = str(error).strip().split("\n")[0]
+        raise FrontContributionError(
+            f"apply_fn could not be traced with arguments ({given}): "
+            f"{type(error).__name__}: {first_line}. {_remedy(error)}"
+        ) from error
+
+
+def _remedy(error: Exception) -> str:
+    name = type(error).__name__
+    if name in ("ModifyScopeVariableError", "TraceContextError"):
+        return (
+            "apply_fn mutates Flax state. Make it pure: with linen pass mutable=['batch_stats'] "
+            "and return the updated state, with nnx split the state off and return it, or "
+            "normalise with running statistics."
+        )
+    if isinstance(error, (TypeError, ValueError)):
+        return "Check the shapes and number of the example arguments against the network."
+    return "It must be a pure function that jax.jit accepts; try jax.jit(apply_fn) first."
+
+
+def outputs(body: Body, trained: Sequence[bool]) -> None:
+    """Checks that the network's output is an array that depends on its parameters.
+
+    Raises:
+      FrontContributionError: if there is nothing to differentiate.
+    """
+    reached = {v for v, t in zip(body.inputs, trained, strict=False) if t}
+    for equation in body.equations:
+        if not reached.isdisjoint(equation.values):
+            reached.update(v for v in equation.outputs if v is not None)
+    results = [a for a in body.outputs if jnp.issubdtype(a.aval.dtype, jnp.inexact)]
+    if not any(isinstance(a, Value) and a in reached for a in results):
+        raise FrontContributionError(
+            "apply_fn returns nothing differentiable: no floating-point output depends on params; "
+            "return the network's predictions"
+        )
+
+
+def inferred_arguments(
+    apply_fn: Callable[..., Any], params: Any
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The input of a dense network with one input, if only one width can be traced.
+
+    Raises:
+      FrontContributionError: if none or several can.
+    """
+    kernels = [x for x in jax.tree.leaves(params) if len(x.shape) == 2]
+    widths = sorted({size for kernel in kernels for size in kernel.shape})
+    fitting = []
+    for width in widths:
+        dtypes = [k.dtype for k in kernels if jnp.issubdtype(k.dtype, jnp.inexact)]
+        candidate = jax.ShapeDtypeStruct((2, width), dtypes[0] if dtypes else jnp.float32)
+        with contextlib.suppress(Exception):  # any failure means that this width does not fit
+            jax.eval_shape(apply_fn, params, candidate)
+            fitting.append(candidate)
+    if len(fitting) != 1:
+        found = [c.shape[1] for c in fitting]
+        raise FrontContributionError(
+            f"no example arguments were given and the input cannot be inferred: widths that fit "
+            f"are {found}. Pass an example, such as front_contribute(apply_fn, params, "
+            "jax.ShapeDtypeStruct((batch, features), jnp.float32))"
+        )
+    return tuple(fitting)

@@ -1,0 +1,51 @@
+"""The lines that depend on the installed version of jax, and nothing else."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.extend.core as jex
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+__all__ = [
+    "ClosedJaxpr",
+    "Jaxpr",
+    "JaxprEqn",
+    "Literal",
+    "Var",
+    "bind",
+    "is_dropped",
+    "open_jaxpr",
+    "scan_layout",
+]
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
+    """Returns ``(jaxpr, consts)``; since jax 0.12 a closed jaxpr is a jaxpr that holds its consts."""
+    if hasattr(jaxpr, "jaxpr"):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, ()
+
+
+def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation on ``values`` exactly as jax itself would."""
+    bind_params = eqn.primitive.get_bind_params(eqn.params)
+    # a dict since jax 0.9.2; before, a pair of the callables to pass first and the dict
+    if isinstance(bind_params, dict):
+        outputs = eqn.primitive.bind(*values, **bind_params)
+    else:
+        functions, bind_params = bind_params
+        outputs = eqn.primitive.bind(*functions, *values, **bind_params)
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def scan_layout(params: dict[str, Any]) -> tuple[int, int]:
+    """Returns the number of loop constants and of carries of a scan equation."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # jax 0.12 describes them by a tree of trees
+    return len(consts), len(carry)
+
+
+def is_dropped(var: Var) -> bool:
+    """Whether an equation's output is thrown away (``_`` in a printed jaxpr)."""
+    return isinstance(var, jex.DropVar) if hasattr(jex, "DropVar") else str(var) == "_"

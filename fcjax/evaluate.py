@@ -1,0 +1,324 @@
+"""Computes a recipe on arrays. Everything here is traced by jax, so it differentiates itself."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Hashable, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from fcjax import numerics
+from fcjax.contraction import Order
+from fcjax.expressions import Expr, Factor, Label, Window
+from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe
+
+__all__ = ["evaluate", "form"]
+
+Env = Mapping[Hashable, Array]
+Formed = dict[Hashable, "Named"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """An array with a label for each axis.
+
+    Attributes:
+      array: the values.
+      labels: one for each axis, all different.
+      data: whether it depends on data; weights among themselves are multiplied at full precision.
+    """
+
+    array: Array
+    labels: tuple[Label, ...]
+    data: bool
+
+
+def evaluate(recipe: Recipe, env: Env, formed: Formed) -> Array:
+    """The value that the recipe describes.
+
+    Args:
+      recipe: how to compute it.
+      env: the arrays of its leaves.
+      formed: weights formed earlier, as ``form`` returns them; may be empty.
+
+    Returns:
+      an array of the recipe's shape and dtype.
+    """
+    expr = recipe.expr
+    total: Array | None = None
+    for i, part in sorted(enumerate(recipe.parts), key=lambda numbered: _rank(numbered[1], expr)):
+        value = _laid_out(_part(part, i, expr, env, formed), expr)
+        total = value if total is None else total + value
+    if total is None:
+        total = jnp.zeros((), expr.dtype)
+    sizes = [label.size for label in itertools.chain(*expr.dims)]
+    return jnp.broadcast_to(total.astype(expr.dtype), sizes).reshape(expr.shape)
+
+
+def _rank(part: Part, expr: Expr) -> int:
+    """Products first, then constants, then what is only passed on, such as a residual branch.
+
+    The compiler fuses the last addition into whoever reads the sum; a product that were added
+    last would be kept beside the sum for that.
+    """
+    if not isinstance(part, Product) or not part.term.labels <= expr.free:
+        return 0
+    return 2 if part.term.degree else 1
+
+
+def form(recipe: Recipe, env: Env) -> Formed:
+    """The weights of a recipe that are the same in every run of the body it belongs to."""
+    formed: Formed = {}
+    for i, part in enumerate(recipe.parts):
+        if isinstance(part, Product):
+            _form_product(part, (i,), recipe.expr, env, formed)
+        else:
+            weights = part.weights if isinstance(part, Linear) else (part.weight,)
+            if all(_invariant(f) for w in weights for f in w.term.factors):
+                formed[i] = _weight(part, env, recipe.expr)
+    return formed
+
+
+def formed_leaves(recipe: Recipe) -> set[Hashable]:
+    """The leaves that ``form`` reads."""
+    factors = [
+        f
+        for part in recipe.parts
+        for product in _products(part)
+        for f in product.term.factors
+        if _invariant(f)
+    ]
+    return {f.leaf.var for f in factors}
+
+
+def _products(part: Part) -> tuple[Product, ...]:
+    if isinstance(part, Product):
+        return (part,)
+    return part.weights if isinstance(part, Linear) else (part.weight,)
+
+
+def _invariant(factor: Factor) -> bool:
+    return factor.leaf.kind != "data" and factor.leaf.invariant
+
+
+def _form_product(
+    part: Product, key: tuple[Hashable, ...], expr: Expr, env: Env, formed: Formed
+) -> None:
+    """Forms the largest invariant sub-products of a product."""
+    if not part.term.factors or all(_invariant(f) for f in part.term.factors):
+        return  # a constant of the value: nothing meets it but the sum
+
+    def visit(order: Order, needed: frozenset[Label]) -> None:
+        if isinstance(order, int):
+            return
+        inside = _members(order)
+        if all(_invariant(part.term.factors[k]) for k in inside):
+            formed[(*key, order)] = _multiply(part, order, needed, expr, env, {}, key)
+            return
+        for half, other in (order, order[::-1]):
+            visit(half, needed | _labels_of(part, other))
+
+    visit(part.order, _kept(part, expr))
+
+
+# --- the three kinds of part --------------------------------------------------------------------
+
+
+def _part(part: Part, i: int, expr: Expr, env: Env, formed: Formed) -> Named:
+    if isinstance(part, Product):
+        return _product(part, (i,), _kept(part, expr), expr, env, formed)
+    weight = formed[i] if i in formed else _weight(part, env, expr)
+    if isinstance(part, MeanSquare):
+        return _mean_square(part, weight, env)
+    return _linear(part, weight, expr, env)
+
+
+def _kept(part: Product, expr: Expr) -> frozenset[Label]:
+    inner = {w.inner for w in part.term.windows}
+    return (expr.free - {w.outer for w in part.term.windows}) | inner
+
+
+def _product(
+    part: Product, key: tuple[Hashable, ...], keep: frozenset[Label], expr: Expr, env: Env,
+    formed: Formed,
+) -> Named:  # fmt: skip
+    term = part.term
+    if not term.factors:
+        value = Named(jnp.asarray(term.scale, expr.dtype), (), False)
+    else:
+        value = _multiply(part, part.order, keep, expr, env, formed, key)
+        value = _summed(value, keep)
+        if term.scale != 1.0:
+            value = dataclasses.replace(value, array=value.array * term.scale)
+    for window in term.windows:
+        value = _placed(value, window)
+    return value
+
+
+def _multiply(
+    part: Product, order: Order, needed: frozenset[Label], expr: Expr, env: Env, formed: Formed,
+    key: tuple[Hashable, ...],
+) -> Named:  # fmt: skip
+    if (*key, order) in formed:
+        return formed[(*key, order)]
+    if isinstance(order, int):
+        return _realised(part.term.factors[order], env)
+    a, b = (
+        _multiply(part, half, needed | _labels_of(part, other), expr, env, formed, key)
+        for half, other in (order, order[::-1])
+    )
+    return _pair(a, b, needed, expr)
+
+
+def _members(order: Order) -> list[int]:
+    return [order] if isinstance(order, int) else _members(order[0]) + _members(order[1])
+
+
+def _labels_of(part: Product, order: Order) -> frozenset[Label]:
+    return frozenset().union(*(part.term.factors[k].labels for k in _members(order)))
+
+
+def _weight(part: Linear | MeanSquare, env: Env, expr: Expr) -> Named:
+    """The effective weight Z, on exactly ``part.weight_labels``."""
+    labels = part.weight_labels
+    total: Array | None = None
+    for product in _products(part):
+        value = _product(product, (), frozenset(labels), expr, env, {})
+        array = _ordered(value, labels)
+        total = array if total is None else total + array
+    assert total is not None
+    total = jnp.broadcast_to(total, [label.size for label in labels])
+    if isinstance(part, Linear) and part.centre_weight:
+        total = _less_mean(total, labels, part.centre_weight)
+    data = any(f.is_data for product in _products(part) for f in product.term.factors)
+    return Named(total, labels, data)
+
+
+def _linear(part: Linear, weight: Named, expr: Expr, env: Env) -> Named:
+    rows = _realised(part.rows, env)
+    result = _rows_product(rows, weight, part, expr, env)
+    if part.centre_rows:
+        means = Named(
+            jnp.mean(rows.array, [rows.labels.index(x) for x in part.centre_rows]),
+            tuple(x for x in rows.labels if x not in part.centre_rows),
+            True,
+        )
+        shift = _pair(means, weight, expr.free, expr)
+        result = dataclasses.replace(
+            result, array=result.array - _ordered(shift, result.labels)
+        )
+    return result
+
+
+def _rows_product(rows: Named, weight: Named, part: Linear, expr: Expr, env: Env) -> Named:
+    """Rows times weight, scaled afterwards where there are scales."""
+    scales = [_realised(f, env) for f in part.row_scales]
+    contracted = [x for x in rows.labels if x in weight.labels and x not in expr.free]
+    plain = not any(x in weight.labels and x in expr.free for x in rows.labels)
+    if not scales or not plain or not contracted:
+        result = _pair(rows, weight, expr.free, expr)
+        for factor in scales:
+            result = _pair(result, factor, expr.free, expr)
+        return result
+    tokens = tuple(x for x in rows.labels if x not in contracted)
+    columns = tuple(x for x in weight.labels if x not in contracted)
+    width = math.prod(x.size for x in contracted)
+    x = _ordered(rows, (*tokens, *contracted)).reshape([t.size for t in tokens] + [width])
+    z = _ordered(weight, (*contracted, *columns)).astype(expr.dtype).reshape(width, -1)
+    factors = tuple(_ordered(s, tokens)[..., None] for s in scales)
+    out = numerics.scaled_product(x, factors, z, expr.precision)
+    return Named(out.reshape([x.size for x in (*tokens, *columns)]), (*tokens, *columns), True)
+
+
+def _mean_square(part: MeanSquare, weight: Named, env: Env) -> Named:
+    raw = dataclasses.replace(part.rows, centred=frozenset())
+    rows = _realised(raw, env)
+    summed = tuple(x for x in rows.labels if x in part.rows.centred)
+    columns = tuple(x for x in part.weight_labels if x not in part.contracted)
+    width = math.prod(x.size for x in part.contracted)
+    x = _ordered(rows, (*summed, *part.contracted)).reshape(-1, width)
+    z = _ordered(weight, (*part.contracted, *columns)).astype(x.dtype).reshape(width, -1)
+    out = part.scale * numerics.centred_square_sum(x, z)
+    return Named(out.reshape([label.size for label in columns]), columns, True)
+
+
+# --- arrays with labels -------------------------------------------------------------------------
+
+
+def _realised(factor: Factor, env: Env) -> Named:
+    array = env[factor.leaf.var]
+    if any(view is not None for view in factor.slices):
+        views = [
+            view or (0, size, 1) for view, size in zip(factor.slices, array.shape, strict=True)
+        ]
+        array = lax.slice(array, *(list(v) for v in zip(*views, strict=True)))
+    labels = tuple(itertools.chain(*factor.axes))
+    array = jnp.reshape(array, [label.size for label in labels])
+    if factor.centred:
+        array = _less_mean(array, labels, factor.centred)
+    return Named(array, labels, factor.is_data)
+
+
+def _less_mean(array: Array, labels: tuple[Label, ...], over: frozenset[Label]) -> Array:
+    return array - jnp.mean(array, [labels.index(x) for x in labels if x in over], keepdims=True)
+
+
+def _summed(value: Named, keep: frozenset[Label]) -> Named:
+    gone = [i for i, label in enumerate(value.labels) if label not in keep]
+    if not gone:
+        return value
+    labels = tuple(label for label in value.labels if label in keep)
+    return Named(jnp.sum(value.array, gone), labels, value.data)
+
+
+def _pair(a: Named, b: Named, keep: frozenset[Label], expr: Expr) -> Named:
+    """Multiplies two arrays and sums the labels outside ``keep``."""
+    a = _summed(a, keep | frozenset(b.labels))
+    b = _summed(b, keep | frozenset(a.labels))
+    data = a.data or b.data
+    dtype = np.dtype(expr.dtype) if data else jnp.promote_types(a.array.dtype, b.array.dtype)
+    x, y = a.array.astype(dtype), b.array.astype(dtype)
+    shared = [label for label in a.labels if label in b.labels]
+    contracted = [label for label in shared if label not in keep]
+    own_a = tuple(label for label in a.labels if label not in shared)
+    own_b = tuple(label for label in b.labels if label not in shared)
+    if not contracted or not (own_a or own_b):
+        labels = a.labels + own_b
+        product = Named(x, a.labels, data), Named(y, b.labels, data)
+        value = _ordered(product[0], labels) * _ordered(product[1], labels)
+        return _summed(Named(value, labels, data), keep)
+    batch = [label for label in shared if label in keep]
+    numbers = (
+        ([a.labels.index(n) for n in contracted], [b.labels.index(n) for n in contracted]),
+        ([a.labels.index(n) for n in batch], [b.labels.index(n) for n in batch]),
+    )
+    precision = expr.precision if data else lax.Precision.HIGHEST
+    value = lax.dot_general(x, y, numbers, precision=precision)
+    return Named(value, (*batch, *own_a, *own_b), data)
+
+
+def _ordered(value: Named, labels: tuple[Label, ...]) -> Array:
+    """The array with its axes in the order of ``labels``, size 1 where it has none of them."""
+    present = [label for label in labels if label in value.labels]
+    array = jnp.transpose(value.array, [value.labels.index(label) for label in present])
+    return array.reshape([label.size if label in value.labels else 1 for label in labels])
+
+
+def _placed(value: Named, window: Window) -> Named:
+    """Puts the inner axis at its offset in the outer one, zero elsewhere."""
+    if window.inner not in value.labels:
+        ones = jnp.ones([window.inner.size], value.array.dtype)
+        value = Named(value.array[..., None] * ones, (*value.labels, window.inner), value.data)
+    axis = value.labels.index(window.inner)
+    after = window.outer.size - window.inner.size - window.offset
+    pads = [(window.offset, after, 0) if i == axis else (0, 0, 0) for i in range(len(value.labels))]
+    array = lax.pad(value.array, jnp.zeros((), value.array.dtype), pads)
+    labels = tuple(window.outer if i == axis else x for i, x in enumerate(value.labels))
+    return Named(array, labels, value.data)
+
+
+def _laid_out(value: Named, expr: Expr) -> Array:
+    """The array on the flattened labels of the expression's axes, to be added to others."""
+    return _ordered(value, tuple(itertools.chain(*expr.dims))).astype(expr.dtype)

@@ -1,0 +1,41 @@
+"""What leaves are called in messages, reports and printed expressions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+__all__ = ["path_name", "short_names"]
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A leaf's path, such as ``Dense_0/kernel``; the root itself is ``params``.
+
+    Example:
+      >>> import jax
+      >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"a": [1.0]})
+      >>> path_name(path)
+      'a/0'
+    """
+    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    return "/".join(part.lstrip(".") for part in parts) or "params"
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """The shortest way to write each path: a kernel by its layer, anything else by its path.
+
+    Example:
+      >>> short_names(["params/Dense_0/bias", "params/Dense_0/kernel"])
+      {'params/Dense_0/bias': 'Dense_0.bias', 'params/Dense_0/kernel': 'Dense_0'}
+    """
+    pieces = {p: p.split("/") for p in paths}
+    while len(paths) > 1 and len({tuple(q[:1]) for q in pieces.values()}) == 1:
+        if any(len(q) == 1 for q in pieces.values()):
+            break
+        pieces = {p: q[1:] for p, q in pieces.items()}
+    short = {}
+    for path, parts in pieces.items():
+        parts = [part for part in parts if part != "value"] or parts  # nnx wraps its arrays
+        kernel = parts[-1] in ("kernel", "weight", "embedding") and len(parts) > 1
+        short[path] = ".".join(parts[:-1] if kernel else parts)
+    return short if len(set(short.values())) == len(short) else {p: p for p in paths}

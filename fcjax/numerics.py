@@ -1,0 +1,142 @@
+"""The two numerical closed forms that plain autodiff would compute wastefully, on plain arrays.
+
+Both are ``custom_jvp`` functions: forward mode, Hessians and ``vmap`` keep working, reverse mode
+transposes the tangents below, and their order decides what is saved for the backward pass.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jax.scipy.linalg import solve_triangular
+
+__all__ = ["centred_square_sum", "scaled_product"]
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+# --- a product whose rows are scaled afterwards -------------------------------------------------
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def scaled_product(
+    rows: Array, scales: tuple[Array, ...], weight: Array, precision: jax.lax.Precision | None
+) -> Array:
+    r"""``(rows @ weight)`` with every row scaled after the product.
+
+    .. math:: y_{nk} = \Bigl(\prod_i s_{i,n}\Bigr) \sum_e x_{ne} z_{ek}
+
+    Scaling after the product means that the scaled rows are never written out; the tangent scales
+    first, so that only ``rows``, ``scales`` and ``weight`` are saved for the backward pass.
+
+    Args:
+      rows: shape ``(*batch, e)`` (any leading axes).
+      scales: arrays of shape ``(*batch, 1)``, or anything that broadcasts against it.
+      weight: shape ``(e, k)``.
+      precision: of the product; static.
+
+    Returns:
+      shape ``(*batch, k)``.
+    """
+    return _scaled(_dot(rows, weight, precision), scales)
+
+
+def _scaled(x: Array, scales: Sequence[Array]) -> Array:
+    return functools.reduce(jnp.multiply, scales, x)
+
+
+def _dot(a: Array, b: Array, precision: Any) -> Array:
+    return jnp.tensordot(a, b, axes=1, precision=precision)
+
+
+def _scaled_product_jvp(precision, primals, tangents):
+    rows, scales, weight = primals
+    d_rows, d_scales, d_weight = tangents
+    product = scaled_product(rows, scales, weight, precision)
+    parts = []
+    moved = [] if _is_zero(d_rows) else [_scaled(d_rows, scales)]
+    for i, d_scale in enumerate(d_scales):
+        if not _is_zero(d_scale):
+            moved.append(_scaled(rows, (*scales[:i], d_scale, *scales[i + 1 :])))
+    if moved:
+        parts.append(_dot(functools.reduce(jnp.add, moved), weight, precision))
+    if not _is_zero(d_weight):
+        parts.append(_scaled(_dot(rows, d_weight, precision), scales))
+    tangent = functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(product)
+    return product, tangent
+
+
+scaled_product.defjvp(_scaled_product_jvp, symbolic_zeros=True)
+
+
+# --- the sum of squares of centred products -----------------------------------------------------
+
+
+@jax.custom_jvp
+def centred_square_sum(x: Array, z: Array) -> Array:
+    r"""The sum of squares of the centred product, without forming the product.
+
+    .. math:: v_k = \sum_n \Bigl(\sum_e (x_{ne} - \bar x_e) z_{ek}\Bigr)^2
+
+    The variance that a batch normalisation of ``x @ z`` needs. Plain second moments of x would
+    cancel where a column of z points along a direction in which x varies little, so the moments
+    are taken of x in coordinates that make them nearly the identity: as accurate as forming the
+    product, at the price of two products of x with itself.
+
+    Args:
+      x: shape ``(n, e)``.
+      z: shape ``(e, k)``.
+
+    Returns:
+      shape ``(k,)``.
+    """
+    return _moments(x, z)[0]
+
+
+def _moments(x: Array, z: Array) -> tuple[Array, Array, Array, Array]:
+    """Returns ``v``; L, the coordinates; ``M L^T z``, M the moments in them; the means of x.
+
+    With ``G = (x - mean)^T (x - mean)`` and ``L L^T = G`` shifted by more than its rounding,
+    ``(x - mean) L^-T`` has moments M near the identity, so ``v = |L^T z|^2_M`` cannot cancel.
+    """
+    mean = jnp.mean(x, axis=0)
+    shifted = x - mean
+    gram = _matmul(shifted.T, shifted)
+    shift = 8 * x.shape[1] * jnp.finfo(x.dtype).eps * jnp.max(jnp.diagonal(gram))
+    eye = jnp.eye(x.shape[1], dtype=x.dtype)
+    safe = jnp.where(shift > 0, shift, 1.0)  # a constant x has no moments at all
+    lower = jnp.linalg.cholesky(gram + safe * eye)
+    inverse = solve_triangular(lower, eye, lower=True)
+    near_identity = _matmul(shifted, inverse.T)
+    tz = _matmul(lower.T, z)
+    mtz = _matmul(_matmul(near_identity.T, near_identity), tz)
+    return jnp.sum(tz * mtz, axis=0), lower, mtz, mean
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=HIGHEST)
+
+
+def _centred_square_sum_jvp(primals, tangents):
+    (x, z), (dx, dz) = primals, tangents
+    v, lower, mtz, mean = _moments(x, z)
+    parts = []
+    if not _is_zero(dz):
+        parts.append(2.0 * jnp.sum(mtz * _matmul(lower.T, dz), axis=0))
+    if not _is_zero(dx):
+        # x^T dx less the means: saves x, which the network holds anyway, not the shifted copy
+        cross = _matmul(x.T, dx) - jnp.outer(mean, jnp.sum(dx, axis=0))
+        parts.append(2.0 * jnp.sum(z * _matmul(cross, z), axis=0))
+    tangent = functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(v)
+    return v, tangent
+
+
+centred_square_sum.defjvp(_centred_square_sum_jvp, symbolic_zeros=True)

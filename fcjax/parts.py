@@ -1,0 +1,341 @@
+"""How the terms of one expression are computed together: alone, merged, or as a mean square.
+
+Terms that see the data through the same factors add up to one effective weight,
+
+    ``x A + x B C = x Z``,   ``Z = A + B C``,
+
+the gain of a normalisation folds into it and the scale of each row is applied afterwards,
+
+    ``((x - mean) / std * g) W = (x Z) / std``,   ``Z`` = ``diag(g) W`` less its column means,
+
+and the variance that a batch normalisation takes of ``x W`` needs ``x`` only through its own
+second moments. Which of these a value uses is decided here, by price; nothing is computed yet.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from fcjax import contraction
+from fcjax.contraction import Cost, Operand, Order
+from fcjax.expressions import Expr, Factor, Label, Term, Unrepresentable, term_key
+
+__all__ = ["Linear", "MeanSquare", "Part", "Product", "Recipe", "recipe"]
+
+R_FACTOR = 3.0
+"""How much more than its multiply-adds a QR factorisation costs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One term, its factors multiplied pair by pair in ``order``; no factor: a constant."""
+
+    term: Term
+    order: Order
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """``row_scales * (rows @ Z)`` with ``Z`` the sum of ``weights``.
+
+    Attributes:
+      rows: the data factor, not centred.
+      row_scales: data factors constant over what is contracted, applied to the result.
+      weights: the products whose sum is Z, each over a subset of ``weight_labels``.
+      weight_labels: the axes of Z.
+      centre_weight: axes of Z whose mean is subtracted, for rows centred over bound labels.
+      centre_rows: free labels of the rows whose mean is subtracted from the result.
+    """
+
+    rows: Factor
+    row_scales: tuple[Factor, ...]
+    weights: tuple[Product, ...]
+    weight_labels: tuple[Label, ...]
+    centre_weight: frozenset[Label]
+    centre_rows: frozenset[Label]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanSquare:
+    """``scale * sum_n (rows° @ Z)**2``: ``rows`` centred over the summed labels n.
+
+    Attributes:
+      rows: the centred data factor.
+      weight: the product that is Z.
+      weight_labels: the axes of Z: contracted ones first.
+      contracted: the labels that rows and Z share and no other factor has.
+      scale: a number.
+    """
+
+    rows: Factor
+    weight: Product
+    weight_labels: tuple[Label, ...]
+    contracted: tuple[Label, ...]
+    scale: float
+
+
+Part = Product | Linear | MeanSquare
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to compute an expression: its parts are computed and added.
+
+    Attributes:
+      expr: the expression.
+      parts: what is added up.
+      cost: the analytic price of a training step through it.
+    """
+
+    expr: Expr
+    parts: tuple[Part, ...]
+    cost: Cost
+
+
+def recipe(expr: Expr, runs: int = 1) -> Recipe:
+    """Chooses the cheapest parts for ``expr``.
+
+    Args:
+      expr: the value to compute.
+      runs: how often the body it belongs to runs in a step; weights that do not change between
+        the runs are formed once.
+
+    Raises:
+      Unrepresentable: if a term has no safe way to be computed.
+    """
+    groups: dict[object, list[Term]] = {}
+    for term in expr.terms:
+        rows, scales, _ = _roles(term, expr)
+        key = _signature(rows, scales, expr) if rows and not term.windows else id(term)
+        groups.setdefault(key, []).append(term)
+    chosen = [_cheapest(tuple(group), expr, runs) for group in groups.values()]
+    parts = tuple(part for option, _ in chosen for part in option)
+    cost = sum((cost for _, cost in chosen), Cost())
+    if not any(_contracts(part, expr) for part in parts):
+        cost = cost + contraction.written(_whole(expr))
+    return Recipe(expr, parts, cost)
+
+
+def _whole(expr: Expr) -> Operand:
+    trainable = any(f.leaf.trainable for t in expr.terms for f in t.factors)
+    once = not expr.has_data and all(f.leaf.invariant for t in expr.terms for f in t.factors)
+    return Operand(expr.free, trainable, once, np.dtype(expr.dtype).itemsize)
+
+
+def _contracts(part: Part, expr: Expr) -> bool:
+    """Whether the part writes an array of the value's own size by itself."""
+    labels = part.term.labels if isinstance(part, Product) else part.rows.labels
+    return not labels <= expr.free and contraction.size(labels & expr.free) > 0
+
+
+# --- the roles of factors -----------------------------------------------------------------------
+
+
+def _roles(
+    term: Term, expr: Expr
+) -> tuple[tuple[Factor, ...], tuple[Factor, ...], tuple[Factor, ...]]:
+    """Splits a term's factors into rows, scales of rows, and weights.
+
+    A data factor whose labels all stand on weights too (a statistic of a channel) counts as a
+    weight; one whose labels are all free and all on the rows (a statistic of a row) scales rows.
+    """
+    data = [f for f in term.factors if f.is_data]
+    weights = [f for f in term.factors if not f.is_data]
+    known = frozenset().union(*(f.labels for f in weights))
+    if len(data) == 2:
+        for small, large in (data, data[::-1]):
+            if small.labels <= known and not large.labels <= known:
+                return (large,), (), (*weights, small)
+            if small.labels <= expr.free and small.labels < large.labels:
+                return (large,), (small,), tuple(weights)
+    return tuple(data), (), tuple(weights)
+
+
+def _signature(rows: Sequence[Factor], scales: Sequence[Factor], expr: Expr) -> object:
+    """Equal for terms that see the same data in the same way."""
+    if len(rows) != 1:
+        return object()
+    bound = rows[0].labels - expr.free
+    seen = Term(1.0, (*rows, *scales))
+    return term_key(seen, expr.free), len(bound)
+
+
+# --- options for a group of terms ---------------------------------------------------------------
+
+Option = tuple[tuple[Part, ...], Cost]
+
+
+def _cheapest(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
+    square = _mean_square(group[0], expr, runs)
+    if square is not None:
+        return square
+    options: list[Option] = []
+    rows, scales, weights = _roles(group[0], expr)
+    joins = len(rows) == 1 and bool(weights) and not group[0].windows
+    joins = joins and any(_meets(t, expr) for t in group)
+    must_merge = joins and bool(scales or rows[0].centred)
+    if not must_merge:
+        alone = [_product(term, expr, runs) for term in group]
+        options.append((tuple(p for p, _ in alone), sum((c for _, c in alone), Cost())))
+    if must_merge or (joins and len(group) > 1):
+        options.append(_linear(group, expr, runs))
+    return min(options, key=lambda option: option[1].time)
+
+
+def _meets(term: Term, expr: Expr) -> bool:
+    """Whether rows and weights of a term share a label that is summed."""
+    rows, _, weights = _roles(term, expr)
+    return any(rows[0].labels & f.labels - expr.free for f in weights)
+
+
+def _operand(factor: Factor) -> Operand:
+    leaf = factor.leaf
+    once = leaf.kind != "data" and leaf.invariant
+    return Operand(factor.labels, leaf.trainable, once, np.dtype(leaf.dtype).itemsize)
+
+
+def _product(term: Term, expr: Expr, runs: int, keep: frozenset[Label] | None = None):
+    """A term by itself, over the labels ``keep`` (those of the value by default)."""
+    keep = _inner(expr.free, term) if keep is None else keep
+    if not term.factors:
+        return Product(term, 0), Cost()
+    operands = [_operand(f) for f in term.factors]
+    order = contraction.search(operands, keep, runs)
+    _, cost = contraction.price(order, operands, keep, runs)
+    for factor, operand in zip(term.factors, operands, strict=True):
+        if factor.centred and factor.is_data:  # the shifted copy is written out
+            cost = cost + contraction.written(operand)
+    if _is_one_pass(term, expr):
+        raise Unrepresentable("a second moment of a product that float32 would cancel")
+    return Product(term, order), cost
+
+
+def _inner(free: frozenset[Label], term: Term) -> frozenset[Label]:
+    """The labels a windowed term is computed over before it is put in place."""
+    return (free - {w.outer for w in term.windows}) | {w.inner for w in term.windows}
+
+
+def _is_one_pass(term: Term, expr: Expr) -> bool:
+    """Whether a term needs second moments in a precision that loses a small variance."""
+    data = [f for f in term.factors if f.is_data]
+    if len(data) < 2 or np.dtype(expr.dtype).itemsize >= 8:
+        return False
+    bound = data[0].labels & data[1].labels - expr.free
+    return bool(bound) and any(f.labels - expr.free for f in term.factors if not f.is_data)
+
+
+def _linear(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
+    """All terms of a group through one effective weight."""
+    rows, scales, _ = _roles(group[0], expr)
+    (row,) = rows
+    split = [_weight_term(term, row, expr) for term in group]
+    inside = frozenset().union(*(t.labels for t in split)) & (row.labels | expr.free)
+    labels = tuple(sorted(inside, key=_position(row, expr)))
+    built = [_product(t, expr, runs, inside) for t in split]
+    cost = sum((c for _, c in built), Cost())
+    once = all(f.leaf.invariant and not f.is_data for t in split for f in t.factors)
+    trainable = any(f.leaf.trainable for t in split for f in t.factors)
+    weight = Operand(inside, trainable, once, np.dtype(expr.dtype).itemsize)
+    result, product = contraction.pair(_operand(row), weight, expr.free, runs)
+    cost = cost + product
+    for factor in scales:
+        result, extra = contraction.pair(result, _operand(factor), expr.free, runs)
+        cost = cost + extra
+    if row.centred & expr.free and row.centred - expr.free:
+        raise Unrepresentable("a mean over both summed and free labels")
+    part = Linear(
+        rows=dataclasses.replace(row, centred=frozenset()),
+        row_scales=scales,
+        weights=tuple(p for p, _ in built),
+        weight_labels=labels,
+        centre_weight=row.centred - expr.free,
+        centre_rows=row.centred & expr.free,
+    )
+    return (part,), cost
+
+
+def _position(row: Factor, expr: Expr):
+    order = list(itertools.chain(*row.axes, *expr.dims))
+    return order.index
+
+
+def _weight_term(term: Term, row: Factor, expr: Expr) -> Term:
+    """What multiplies the rows in ``term``, on the bound labels of ``row``."""
+    (own,), _, weights = _roles(term, expr)
+    renaming = {
+        mine: (theirs,)
+        for mine, theirs in zip(
+            itertools.chain(*own.axes), itertools.chain(*row.axes), strict=True
+        )
+    }
+    weight = Term(term.scale, weights)
+    inner = weight.labels - own.labels - expr.free  # the row's labels may stand here by chance
+    renaming |= {label: (Label(label.size),) for label in inner}
+    return weight.rename(renaming)
+
+
+# --- mean squares -------------------------------------------------------------------------------
+
+
+def _mean_square(term: Term, expr: Expr, runs: int) -> Option | None:
+    """Recognises ``sum_n z z W W'`` with z centred over n and W, W' the same weight."""
+    data = [f for f in term.factors if f.is_data]
+    if len(data) != 2 or term.windows or not data[0].centred or data[0].leaf != data[1].leaf:
+        return None
+    first, second = data
+    if first.centred != second.centred or first.centred & expr.free:
+        return None
+    halves = _halves(term, first, second, expr)
+    if halves is None:
+        return None
+    contracted = tuple(label for axis in first.axes for label in axis if label in halves.labels)
+    contracted = tuple(label for label in contracted if label not in expr.free)
+    inside = halves.labels & (first.labels | expr.free)
+    if first.labels - first.centred - frozenset(contracted):
+        return None  # a free label on the rows: one statistic for each of its values
+    labels = contracted + tuple(
+        label for axis in expr.dims for label in axis if label in inside
+    )
+    weight, cost = _product(halves, expr, runs, inside)
+    rows, columns = _operand(first), Operand(inside, True, False, np.dtype(expr.dtype).itemsize)
+    width, height = (contraction.size(frozenset(s)) for s in (contracted, first.centred))
+    passes = 1 + rows.trainable
+    exact = np.dtype(expr.dtype).itemsize >= 8
+    moments = 2.0 * width * width * height * passes
+    cost = cost + Cost(moments * (1.0 if exact else R_FACTOR), moments)
+    _, small = contraction.pair(
+        Operand(frozenset((*contracted, Label(int(width) + 1))), True, False, rows.itemsize),
+        columns, expr.free, runs,
+    )  # fmt: skip
+    cost = cost + small + contraction.written(dataclasses.replace(rows, trainable=False))
+    part = MeanSquare(first, weight, labels, contracted, term.scale)
+    return (part,), cost
+
+
+def _halves(term: Term, first: Factor, second: Factor, expr: Expr) -> Term | None:
+    """The weights next to ``first``, if those next to ``second`` are the same."""
+    weights = [f for f in term.factors if f is not first and f is not second]
+    shared = first.centred
+    near = [_reachable(own.labels - shared - expr.free, weights, expr) for own in (first, second)]
+    if not near[0] or len(near[0]) + len(near[1]) != len(weights):
+        return None
+    if set(map(id, near[0])) & set(map(id, near[1])):
+        return None
+    sides = [Term(1.0, (own, *part)) for own, part in zip((first, second), near, strict=True)]
+    keys = {term_key(side, expr.free | shared) for side in sides}
+    return Term(1.0, tuple(near[0])) if len(keys) == 1 else None
+
+
+def _reachable(start: frozenset[Label], weights: Sequence[Factor], expr: Expr) -> list[Factor]:
+    """The factors connected to some labels through summed labels."""
+    seen, found = set(start), []
+    while True:
+        more = [f for f in weights if f.labels & seen and not any(f is g for g in found)]
+        if not more:
+            return found
+        found += more
+        seen |= functools.reduce(frozenset.union, (f.labels for f in more)) - expr.free
+

@@ -1,0 +1,189 @@
+"""What was folded, what was not, and why, for people."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from fcjax.names import short_names
+from fcjax.plan import Change, Plan
+from fcjax.render import lines
+from fcjax.trace import Equation, Value, nested_bodies
+
+__all__ = ["Row", "rows", "text", "trained_before_final"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was done with one leaf of the original parameters.
+
+    Attributes:
+      path: where it is, such as ``Dense_0/kernel``.
+      shape: its shape.
+      reduced_shape: the shape in which it is trained, or None if it is not.
+      rule: ``"collapse"`` if it is multiplied into an effective weight, ``"train"`` if it is left
+        as it is.
+      exactness: for which optimizers the result equals backpropagation's.
+      reason: one sentence.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    reduced_shape: tuple[int, ...] | None
+    rule: str
+    exactness: str
+    reason: str
+
+
+def rows(plan: Plan, paths: Sequence[str], avals: Sequence[Any]) -> tuple[Row, ...]:
+    """One row for each leaf."""
+    found = _Findings(plan, dict(zip(plan.body.inputs, paths, strict=False)))
+    return tuple(
+        _row(path, aval, value, found)
+        for path, aval, value in zip(paths, avals, plan.body.inputs, strict=False)
+    )
+
+
+def _row(path: str, aval: Any, value: Value, found: "_Findings") -> Row:
+    shape = tuple(aval.shape)
+    if not jnp.issubdtype(aval.dtype, jnp.inexact):
+        reason = f"not trained: its dtype is {aval.dtype.name}; kept in fc.contributions"
+        return Row(path, shape, None, "train", "any optimizer", reason)
+    rule = "collapse" if path in found.collapsed else "train"
+    return Row(path, shape, shape, rule, "any optimizer", found.reason(path, value))
+
+
+class _Findings:
+    """What happened to each leaf, gathered over a plan and the plans of its nested bodies."""
+
+    def __init__(self, plan: Plan, names: Mapping[Value, str]) -> None:
+        self.short = short_names(list(names.values()))
+        self.collapsed: dict[str, set[str]] = {}
+        self.declined: dict[str, tuple[float, set[str]]] = {}
+        self.linear: set[str] = set()
+        self.readers: dict[str, set[str]] = {}
+        for inner, own in walk(plan, names):
+            self._gather(inner, own)
+
+    def _gather(self, plan: Plan, names: Mapping[Value, str]) -> None:
+        for recipe in plan.recipes.values():
+            group = {names[v] for v in recipe.expr.leaves if v in names}
+            for path in group:
+                self.collapsed.setdefault(path, set()).update(group - {path})
+        for change in plan.changes:
+            if not change.taken:
+                self._decline(plan, change, names)
+        for expr in plan.bases.values():
+            self.linear.update(names[v] for v in expr.leaves if v in names)
+        for equation in plan.body.equations:
+            for value in equation.values:
+                if value in names:
+                    self.readers.setdefault(names[value], set()).add(equation.name)
+
+    def _decline(self, plan: Plan, change: Change, names: Mapping[Value, str]) -> None:
+        ratio = change.after.time / max(change.before.time, 1.0)
+        touched = [plan.bases[v] for v in (*change.roots, *change.gone) if v in plan.bases]
+        group = {names[v] for expr in touched for v in expr.leaves if v in names}
+        for path in group:
+            best = self.declined.get(path)
+            if best is None or ratio < best[0]:
+                self.declined[path] = (ratio, group - {path})
+
+    def reason(self, path: str, value: Value) -> str:
+        """Why the leaf is where it is, in one sentence."""
+        if path in self.collapsed:
+            others = self._listed(self.collapsed[path])
+            return f"part of one effective weight{f' with {others}' if others else ''}"
+        if path not in self.readers:
+            return "unused: the output does not depend on it"
+        if path in self.declined:
+            ratio, others = self.declined[path]
+            named = self._listed(others)
+            return (
+                f"could be multiplied{f' with {named}' if named else ''}, but the step would cost "
+                f"{ratio:.2f} times the layers as written at these shapes"
+            )
+        if path in self.linear:
+            return "a layer between two non-linear operations: nothing linear to merge it with"
+        return f"read by {', '.join(sorted(self.readers[path]))}, which is not linear in it"
+
+    def _listed(self, group: set[str]) -> str:
+        names = sorted(self.short.get(path, path) for path in group)
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def walk(plan: Plan, names: Mapping[Value, str]) -> Iterator[tuple[Plan, Mapping[Value, str]]]:
+    """The plan and those of nested bodies, with the names that parameters have in each."""
+    yield plan, names
+    for i, inner in plan.nested.items():
+        equation = plan.body.equations[i]
+        offset = 1 if equation.name == "cond" else 0
+        for nested in inner:
+            given = zip(nested.body.inputs, equation.inputs[offset:], strict=True)
+            own = {v: names[a] for v, a in given if isinstance(a, Value) and a in names}
+            yield from walk(nested, own)
+
+
+# --- the final layer ----------------------------------------------------------------------------
+
+
+def trained_before_final(plan: Plan, paths: Sequence[str]) -> list[str]:
+    """Trainable leaves that something behind them multiplies with further parameters."""
+    names = dict(zip(plan.body.inputs, paths, strict=False))
+    behind: dict[Value, set[str]] = {}
+    before: set[str] = set()
+    for equation in plan.body.equations:
+        reached = set().union(*(_names_of(v, names, plan, behind) for v in equation.values))
+        if equation.name in ("dot_general", "conv_general_dilated") or nested_bodies(
+            equation, plan.known
+        ):
+            own = {names[v] for v in equation.values if v in names}
+            if own or any(plan.known[v].of == "param" for v in equation.values):
+                data = [v for v in equation.values if plan.known[v].of == "data"]
+                before |= set().union(*(behind.get(v, set()) for v in data))
+        behind.update({v: reached for v in equation.outputs if v is not None})
+    return [path for path in paths if path in before]
+
+
+def _names_of(
+    value: Value, names: Mapping[Value, str], plan: Plan, behind: Mapping[Value, set[str]]
+) -> set[str]:
+    if value in names and plan.known[value].trainable:
+        return {names[value]}
+    return behind.get(value, set())
+
+
+# --- printing -----------------------------------------------------------------------------------
+
+
+def text(plan: Plan, paths: Sequence[str], avals: Sequence[Any]) -> str:
+    """The whole report: sizes, the effective expression, and the leaves left alone."""
+    listed = rows(plan, paths, avals)
+    weights = sum(math.prod(r.shape) for r in listed if r.reduced_shape is not None)
+    names = short_names(paths)
+    taken = [row for row in listed if row.rule == "collapse"]
+    head = [
+        f"fcjax: {len(taken)} of {len(listed)} leaves collapsed into effective weights; "
+        f"{weights:,} weights trained, as before",
+        f"step FLOPs {_rounded(plan.before.flops)} as written, "
+        f"{_rounded(plan.after.flops)} folded; exact for any optimizer",
+    ]
+    body = lines(plan, {v: names[p] for v, p in zip(plan.body.inputs, paths, strict=False)})
+    left = [row for row in listed if row.rule == "train"]
+    tail = [f"  {names[row.path]}: {row.reason}" for row in left[:MOST_LEAVES]]
+    if len(left) > MOST_LEAVES:
+        tail.append(f"  and {len(left) - MOST_LEAVES} more; see fc.report")
+    sections = [head, ["", "effective expression", *body]]
+    if tail:
+        sections.append(["", "left as they are", *tail])
+    return "\n".join(itertools.chain(*sections))
+
+
+MOST_LEAVES = 40
+
+
+def _rounded(number: float) -> str:
+    return f"{number:.3g}"

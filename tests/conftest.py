@@ -1,0 +1,9 @@
+"""Set up JAX for the tests: CPU, float64, and eight host devices. It must run before jax is imported."""
+
+import os
+
+HOST_DEVICES = "--xla_force_host_platform_device_count=8"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_X64"] = "1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {HOST_DEVICES}".strip()

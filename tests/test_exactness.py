@@ -1,0 +1,179 @@
+"""Front contribution against backpropagation of the untouched network, over the zoo."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+from training import (
+    OPTIMIZERS,
+    backprop,
+    entry,
+    objective,
+    outputs_of_all,
+    relative_deviation,
+    stacked_batches,
+    train,
+)
+
+import fcjax
+import fcjax.plan
+
+STEPS = 300
+PLANNERS = {"priced": contextlib.nullcontext, "always": fcjax.plan.always_fold}
+
+each_network = pytest.mark.parametrize("name", zoo.names())
+each_planner = pytest.mark.parametrize("planner", PLANNERS)
+
+
+def folded(network, **options):
+    """The network's front contribution."""
+    return fcjax.front_contribute(network.apply_fn, network.params, *network.example_args, **options)
+
+
+def held_out(network):
+    """A batch that no training step uses."""
+    return network.batch(np.random.default_rng(7))
+
+
+@functools.lru_cache(maxsize=1)
+def trained_by_backprop(name):
+    """Losses (steps, optimizers) of backprop, and held-out outputs stacked over optimizers."""
+    network = zoo.build(name)
+    apply, params = backprop(network)
+    losses, stacked = train(objective(network, apply), params, stacked_batches(network, STEPS))
+    return losses, outputs_of_all(apply, stacked, held_out(network)[0])
+
+
+def deviations(actual, expected):
+    """Relative deviation of each optimizer's entry, which lie along the first axis of every leaf."""
+    return {
+        name: relative_deviation(entry(actual, i), entry(expected, i))
+        for i, name in enumerate(OPTIMIZERS)
+    }
+
+
+def above(limit, measured):
+    """The measurements that are not within the limit."""
+    return {name: value for name, value in measured.items() if not value <= limit}
+
+
+def value_and_gradients(network, apply, params, args, target):
+    """Outputs, loss and gradients of one batch."""
+    loss_fn = objective(network, apply)
+    return apply(params, *args), *jax.value_and_grad(loss_fn)(params, args, target)
+
+
+@functools.lru_cache(maxsize=1)
+def one_step_of_backprop(name):
+    """Outputs, loss and gradients of the untouched network in float64."""
+    network = zoo.build(name)
+    apply, params = backprop(network)
+    return jax.jit(functools.partial(value_and_gradients, network, apply))(
+        params, *held_out(network)
+    )
+
+
+def in_dtype(network, dtype):
+    """The network with its parameters and data in another floating type."""
+    batch = lambda rng: zoo.cast(network.batch(rng), dtype)  # noqa: E731
+    return dataclasses.replace(network, params=zoo.cast(network.params, dtype), batch=batch)
+
+
+def computing_in_bfloat16(network):
+    """The network with float32 parameters and data, computing in bfloat16."""
+
+    def apply_fn(params, *args):
+        return network.apply_fn(zoo.cast(params, jnp.bfloat16), *zoo.cast(args, jnp.bfloat16))
+
+    return dataclasses.replace(in_dtype(network, jnp.float32), apply_fn=apply_fn)
+
+
+@each_network
+@each_planner
+def test_300_steps_of_every_optimizer_follow_backprop(name, planner):
+    network = zoo.build(name)
+    args, _ = held_out(network)
+    losses, outputs = trained_by_backprop(name)
+    with PLANNERS[planner]():
+        fc = folded(network)
+        batches = stacked_batches(network, STEPS)
+        fc_losses, stacked = train(objective(network, fc.apply), fc.params, batches)
+        fc_outputs = outputs_of_all(fc.apply, stacked, args)
+    expanded = outputs_of_all(
+        lambda params, *args: network.apply_fn(fc.expand(params), *args), stacked, args
+    )
+
+    assert above(1e-9, deviations(fc_losses.T, losses.T)) == {}
+    assert above(1e-9, deviations(fc_outputs, outputs)) == {}
+    assert above(1e-9, deviations(expanded, outputs)) == {}
+
+
+@each_network
+@each_planner
+@pytest.mark.parametrize("outer", ["eager", "jit"])
+def test_value_and_gradients_are_those_of_backprop(name, planner, outer):
+    network = zoo.build(name)
+    expected = one_step_of_backprop(name)
+    with PLANNERS[planner]():
+        fc = folded(network)
+        step = functools.partial(value_and_gradients, network, fc.apply)
+        actual = (jax.jit(step) if outer == "jit" else step)(fc.params, *held_out(network))
+
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for actual_part, expected_part in zip(actual, expected, strict=True):
+        assert relative_deviation(actual_part, expected_part, floor=1e-3) <= 1e-11
+
+
+@pytest.mark.parametrize("name", zoo.decided_names())
+def test_the_report_says_whether_anything_collapses(name):
+    network = zoo.build(name)
+    rules = {row.rule for row in folded(network).report}
+    assert ("collapse" in rules) == network.collapses
+
+
+@each_network
+def test_float32_gradients_are_within_1e_4_of_float64_backprop(name):
+    outputs, _, gradients = one_step_of_backprop(name)
+    network = in_dtype(zoo.build(name), jnp.float32)
+    with fcjax.plan.always_fold():
+        fc = folded(network)
+        step = jax.jit(functools.partial(value_and_gradients, network, fc.apply))
+        fc_outputs, _, fc_gradients = step(fc.params, *held_out(network))
+
+    assert relative_deviation(fc_outputs, outputs) <= 1e-4
+    assert relative_deviation(fc_gradients, gradients, floor=0.1) <= 1e-4
+
+
+IN_BFLOAT16 = [
+    "linear_depth_4_biases",
+    "residual_linear",
+    "parallel_branches",
+    "dense_general",
+    "tied_in_a_chain",
+    "layer_norm_then_dense",
+    "rms_norm_then_dense",
+    "transformer_block",
+    "nnx_chain",
+    "equinox_chain",
+]
+
+
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+@each_planner
+def test_bfloat16_gradients_are_within_3e_2_of_float64_backprop(name, planner):
+    _, _, gradients = one_step_of_backprop(name)
+    network = computing_in_bfloat16(zoo.build(name))
+    with PLANNERS[planner]():
+        fc = folded(network)
+        step = jax.jit(functools.partial(value_and_gradients, network, fc.apply))
+        _, _, fc_gradients = step(fc.params, *held_out(network))
+
+    assert {leaf.dtype for leaf in jax.tree.leaves(fc_gradients)} == {jnp.dtype(jnp.float32)}
+    assert relative_deviation(fc_gradients, gradients, floor=0.1) <= 3e-2
