@@ -125,11 +125,18 @@ Best = tuple[float, Order, Operand]
 
 
 def search(operands: Sequence[Operand], keep: frozenset[Label], runs: int = 1) -> Order:
-    """The order of least time: exact for chains and short terms, greedy for the rest."""
+    """The order of least time: exact for chains and short terms, greedy for the rest.
+
+    A chain that ends in a vector is multiplied from there, by matrix-vector products alone.
+    """
     if len(operands) == 1:
         return 0
     chain = _as_chain(operands, keep)
     if chain is not None:
+        if len(operands[chain[0]].labels) > 1:
+            chain.reverse()
+        if len(operands[chain[0]].labels) == 1:
+            return functools.reduce(lambda done, k: (done, k), chain)
         return _intervals(operands, keep, runs, chain)
     if len(operands) <= EXHAUSTIVE:
         return _subsets(operands, keep, runs)

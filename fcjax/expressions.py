@@ -48,9 +48,9 @@ __all__ = [
     "transpose",
 ]
 
-MAX_TERMS = 24
+MAX_TERMS = 18
 """Expressions longer than this are cut: their value is computed and becomes a leaf."""
-MAX_FACTORS = 20
+MAX_FACTORS = 16
 """Terms with more factors than this are cut likewise."""
 MAX_TIES = 720
 """Orderings of interchangeable factors tried for a canonical key before giving up on merging."""

@@ -102,7 +102,7 @@ def centred_square_sum(x: Array, z: Array) -> Array:
 
 
 def _moments(x: Array, z: Array) -> tuple[Array, Array, Array, Array]:
-    """Returns ``v``; L, the coordinates; ``M L^T z``, M the moments in them; the means of x.
+    """Returns ``v``; ``L^T``, the coordinates; ``M L^T z``, M the moments in them; means of x.
 
     With ``G = (x - mean)^T (x - mean)`` and ``L L^T = G`` shifted by more than its rounding,
     ``(x - mean) L^-T`` has moments M near the identity, so ``v = |L^T z|^2_M`` cannot cancel.
@@ -111,14 +111,42 @@ def _moments(x: Array, z: Array) -> tuple[Array, Array, Array, Array]:
     shifted = x - mean
     gram = _matmul(shifted.T, shifted)
     shift = 8 * x.shape[1] * jnp.finfo(x.dtype).eps * jnp.max(jnp.diagonal(gram))
-    eye = jnp.eye(x.shape[1], dtype=x.dtype)
     safe = jnp.where(shift > 0, shift, 1.0)  # a constant x has no moments at all
-    lower = jnp.linalg.cholesky(gram + safe * eye)
-    inverse = solve_triangular(lower, eye, lower=True)
+    upper, inverse = _coordinates(gram + safe * jnp.eye(x.shape[1], dtype=x.dtype))
     near_identity = _matmul(shifted, inverse.T)
-    tz = _matmul(lower.T, z)
+    tz = _matmul(upper, z)
     mtz = _matmul(_matmul(near_identity.T, near_identity), tz)
-    return jnp.sum(tz * mtz, axis=0), lower, mtz, mean
+    return jnp.sum(tz * mtz, axis=0), upper, mtz, mean
+
+
+def _coordinates(gram: Array) -> tuple[Array, Array]:
+    """Returns ``L^T`` and ``L^-1`` for ``L L^T = gram``.
+
+    On the CPU by elimination in a compiled loop: the threads of a LAPACK call keep spinning after
+    it and made the whole step 30% slower.
+    """
+    return jax.lax.platform_dependent(gram, cpu=_eliminated, default=_factorised)
+
+
+def _eliminated(gram: Array) -> tuple[Array, Array]:
+    width = gram.shape[0]
+    rows = jnp.arange(width)
+
+    def eliminate(j: Array, both: Array) -> Array:
+        pivot = jax.lax.rsqrt(both[j, j])
+        below = jnp.where(rows > j, both[:, j] * pivot, 0.0)
+        row = both[j] * pivot
+        return (both - jnp.outer(below, row)).at[j].set(row)
+
+    both = jnp.concatenate([gram, jnp.eye(width, dtype=gram.dtype)], axis=1)
+    both = jax.lax.fori_loop(0, width, eliminate, both)
+    return jnp.triu(both[:, :width]), both[:, width:]
+
+
+def _factorised(gram: Array) -> tuple[Array, Array]:
+    lower = jnp.linalg.cholesky(gram)
+    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    return lower.T, solve_triangular(lower, eye, lower=True)
 
 
 def _matmul(a: Array, b: Array) -> Array:
@@ -127,10 +155,10 @@ def _matmul(a: Array, b: Array) -> Array:
 
 def _centred_square_sum_jvp(primals, tangents):
     (x, z), (dx, dz) = primals, tangents
-    v, lower, mtz, mean = _moments(x, z)
+    v, upper, mtz, mean = _moments(x, z)
     parts = []
     if not _is_zero(dz):
-        parts.append(2.0 * jnp.sum(mtz * _matmul(lower.T, dz), axis=0))
+        parts.append(2.0 * jnp.sum(mtz * _matmul(upper, dz), axis=0))
     if not _is_zero(dx):
         # x^T dx less the means: saves x, which the network holds anyway, not the shifted copy
         cross = _matmul(x.T, dx) - jnp.outer(mean, jnp.sum(dx, axis=0))

@@ -328,6 +328,7 @@ class _Search:
         self.gone: set[Value] = set()
         self.changed: set[Value] = set()
         self.declined: dict[tuple[Value, ...], Change] = {}
+        self.tried: dict[tuple[Value, ...], tuple[int, ...]] = {}
 
     def _recipe(self, expr: Expr) -> Recipe:
         try:
@@ -361,8 +362,10 @@ class _Search:
     def _try(self, move: tuple[Value, ...]) -> bool:
         """Expresses the values of ``move`` through what they are made of, in all their readers."""
         affected = set().union(*(self.readers[v] for v in move)) - set(move)
-        if not affected:
+        state = tuple(sorted(id(self.recipes[v]) for v in (*affected, *move)))
+        if not affected or self.tried.get(move) == state:
             return False
+        self.tried[move] = state
         try:
             new = {root: self._without(root, move) for root in affected}
         except Unrepresentable:

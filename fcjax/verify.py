@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fcjax.errors import FrontContributionError
+from fcjax.names import path_name
 
 # A gradient that is zero in exact arithmetic comes out as the rounding error of the sums that
 # cancel. In units of eps times the network's largest gradient, biases before BatchNorm and key
@@ -171,7 +172,7 @@ def verify(
         )
 
     is_noise = _noise_leaves(np.array(backprop.gradient_scales), params)
-    paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in _leaves(params)]
+    paths = [path_name(p) for p, _ in _leaves(params)]
     return Verification(
         losses={"backprop": np.array(backprop.losses), "fc": np.array(front.losses)},
         output_deviations=np.array(output_deviations),

@@ -15,6 +15,7 @@ from training import (
     OPTIMIZERS,
     backprop,
     entry,
+    floating,
     objective,
     outputs_of_all,
     relative_deviation,
@@ -34,7 +35,9 @@ each_planner = pytest.mark.parametrize("planner", PLANNERS)
 
 def folded(network, **options):
     """The network's front contribution."""
-    return fcjax.front_contribute(network.apply_fn, network.params, *network.example_args, **options)
+    return fcjax.front_contribute(
+        network.apply_fn, network.params, *network.example_args, **options
+    )
 
 
 def held_out(network):
@@ -167,13 +170,17 @@ IN_BFLOAT16 = [
 
 @pytest.mark.parametrize("name", IN_BFLOAT16)
 @each_planner
-def test_bfloat16_gradients_are_within_3e_2_of_float64_backprop(name, planner):
+def test_bfloat16_gradients_are_within_3e_2_or_twice_the_error_of_backprop(name, planner):
     _, _, gradients = one_step_of_backprop(name)
     network = computing_in_bfloat16(zoo.build(name))
+    _, _, rounded = jax.jit(functools.partial(value_and_gradients, network, backprop(network)[0]))(
+        floating(network.params), *held_out(network)
+    )
+    own_error = relative_deviation(rounded, gradients, floor=0.1)
     with PLANNERS[planner]():
         fc = folded(network)
         step = jax.jit(functools.partial(value_and_gradients, network, fc.apply))
         _, _, fc_gradients = step(fc.params, *held_out(network))
 
     assert {leaf.dtype for leaf in jax.tree.leaves(fc_gradients)} == {jnp.dtype(jnp.float32)}
-    assert relative_deviation(fc_gradients, gradients, floor=0.1) <= 3e-2
+    assert relative_deviation(fc_gradients, gradients, floor=0.1) <= max(3e-2, 2 * own_error)

@@ -69,7 +69,9 @@ def train(loss_fn, params, batches):
     @jax.jit
     def run(params, batches):
         states = tuple(optimizer.init(params) for optimizer in OPTIMIZERS.values())
-        (stacked, _), losses = jax.lax.scan(step, (_stack([params] * len(OPTIMIZERS)), states), batches)
+        (stacked, _), losses = jax.lax.scan(
+            step, (_stack([params] * len(OPTIMIZERS)), states), batches
+        )
         return losses, stacked
 
     return run(params, batches)
@@ -91,7 +93,9 @@ def entry(tree, index):
 
 def outputs_of_all(apply, stacked, args):
     """Outputs of every optimizer's parameters, stacked in order of `OPTIMIZERS`."""
-    return jax.jit(lambda stacked: jax.lax.map(lambda params: apply(params, *args), stacked))(stacked)
+    return jax.jit(lambda stacked: jax.lax.map(lambda params: apply(params, *args), stacked))(
+        stacked
+    )
 
 
 def relative_deviation(actual, expected, floor=0.0):
@@ -102,7 +106,10 @@ def relative_deviation(actual, expected, floor=0.0):
     """
     pairs = list(zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True))
     top = max(_largest(expected) for _, expected in pairs)
-    return max(_deviation(a, b) / max(_largest(b), floor * top, np.finfo(np.float64).tiny) for a, b in pairs)
+    return max(
+        _deviation(a, b) / max(_largest(b), floor * top, np.finfo(np.float64).tiny)
+        for a, b in pairs
+    )
 
 
 def _largest(leaf):

@@ -79,7 +79,9 @@ def build(name: str) -> Network:
     """Build one network of the zoo."""
     builder, collapses = _BUILDERS[name]
     apply_fn, params, batch, *loss = builder()
-    return Network(name, apply_fn, _off_initial(params), batch, *(loss or [squared_error]), collapses)
+    return Network(
+        name, apply_fn, _off_initial(params), batch, *(loss or [squared_error]), collapses
+    )
 
 
 def is_inexact(leaf) -> bool:
@@ -212,7 +214,9 @@ def linear_depth_12():
     """Twelve layers with biases in a dict of tuples."""
     sizes = [6, *[WIDE] * 11, 3]
     kernels = weights(*zip(sizes[:-1], sizes[1:], strict=True))
-    params = {f"layer_{i:02}": pair for i, pair in enumerate(zip(kernels, zeros(*sizes[1:]), strict=True))}
+    params = {
+        f"layer_{i:02}": pair for i, pair in enumerate(zip(kernels, zeros(*sizes[1:]), strict=True))
+    }
 
     def apply_fn(params, x):
         for kernel, bias in params.values():
@@ -258,7 +262,9 @@ def parallel_branches():
     }
 
     def apply_fn(params, x):
-        branches = [functools.reduce(jnp.matmul, params[name], x) for name in ("shallow", "middle", "deep")]
+        branches = [
+            functools.reduce(jnp.matmul, params[name], x) for name in ("shallow", "middle", "deep")
+        ]
         return jax.nn.relu(sum(branches)) @ params["readout"][0]
 
     return apply_fn, params, rows(4, 3)
@@ -267,7 +273,9 @@ def parallel_branches():
 @network(collapses=True)
 def identity_branch():
     """An identity, a subtracted and a negated branch in one sum."""
-    params = dict(zip("abcde", weights((4, WIDE), (WIDE, 4), (4, WIDE), (WIDE, 4), (4, 3)), strict=True))
+    params = dict(
+        zip("abcde", weights((4, WIDE), (WIDE, 4), (4, WIDE), (WIDE, 4), (4, 3)), strict=True)
+    )
 
     def apply_fn(params, x):
         y = x + x @ params["a"] @ params["b"] - (-(x @ params["c"])) @ params["d"]
@@ -279,7 +287,11 @@ def identity_branch():
 @network(collapses=True)
 def scales():
     """LayerScale on a residual branch, constant scales and a division by a constant."""
-    params = {"w": weights((4, WIDE), (WIDE, 4), (4, 3)), "gamma": jnp.full((4,), 0.5), "gain": jnp.asarray(1.5)}
+    params = {
+        "w": weights((4, WIDE), (WIDE, 4), (4, 3)),
+        "gamma": jnp.full((4,), 0.5),
+        "gain": jnp.asarray(1.5),
+    }
 
     def apply_fn(params, x):
         branch = (x / 2.0) @ params["w"][0] @ params["w"][1]
@@ -337,7 +349,11 @@ def reshapes_and_transposes():
 def mean_pooling():
     """A wide map averaged over the positions."""
     params = weights((4, WIDE), (WIDE, 3))
-    return lambda params, x: jnp.mean(x @ params[0], axis=1) @ params[1], params, pooled_sequences(4, 3)
+    return (
+        lambda params, x: jnp.mean(x @ params[0], axis=1) @ params[1],
+        params,
+        pooled_sequences(4, 3),
+    )
 
 
 @network(collapses=True)
@@ -368,7 +384,11 @@ def slices_after_dense():
 @network(collapses=True)
 def embedding_then_linear():
     """A look-up, then a dense pair."""
-    params = {"table": weights((10, 4))[0], "up": weights((4, WIDE))[0], "down": weights((WIDE, 3))[0]}
+    params = {
+        "table": weights((10, 4))[0],
+        "up": weights((4, WIDE))[0],
+        "down": weights((WIDE, 3))[0],
+    }
     return lambda p, ids: p["table"][ids] @ p["up"] @ p["down"], params, tokens_of(10, 3)
 
 
@@ -391,7 +411,11 @@ def adapter_beside_closed_over_weight():
     """A trainable branch beside a frozen weight that apply_fn closes over."""
     frozen = weights((4, 4))[0]
     params = {"a": weights((4, WIDE))[0], "b": weights((WIDE, 4))[0]}
-    return lambda p, x: jnp.tanh(x @ frozen.astype(x.dtype) + x @ p["a"] @ p["b"]), params, rows(4, 4)
+    return (
+        lambda p, x: jnp.tanh(x @ frozen.astype(x.dtype) + x @ p["a"] @ p["b"]),
+        params,
+        rows(4, 4),
+    )
 
 
 @network(collapses=True)
@@ -410,7 +434,11 @@ def tied_in_a_chain():
 @network(collapses=True)
 def tied_autoencoder():
     """A linear autoencoder: encoder W, decoder W transposed."""
-    return lambda params, x: x @ params["w"] @ params["w"].T, {"w": 0.5 * weights((6, WIDE))[0]}, rows(6, 6)
+    return (
+        lambda params, x: x @ params["w"] @ params["w"].T,
+        {"w": 0.5 * weights((6, WIDE))[0]},
+        rows(6, 6),
+    )
 
 
 @network(collapses=True)
@@ -446,7 +474,9 @@ def segments_between_activations():
     params = [tuple(weights((4, WIDE), (WIDE, 4))) for _ in range(4)]
 
     def apply_fn(params, x):
-        for (up, down), activation in zip(params, [jax.nn.relu, jnp.tanh, jax.nn.gelu, lambda x: x], strict=True):
+        for (up, down), activation in zip(
+            params, [jax.nn.relu, jnp.tanh, jax.nn.gelu, lambda x: x], strict=True
+        ):
             x = activation(x @ up @ down)
         return x
 
@@ -460,7 +490,12 @@ def several_consumers():
 
     def apply_fn(params, x):
         h = x @ params["a"]
-        return h @ params["b"] + jax.nn.relu(h @ params["c"]) + jnp.tanh(h)[:, :3] + h[:, :3] @ params["d"][:3]
+        return (
+            h @ params["b"]
+            + jax.nn.relu(h @ params["c"])
+            + jnp.tanh(h)[:, :3]
+            + h[:, :3] @ params["d"][:3]
+        )
 
     return apply_fn, params, rows(4, 3)
 
@@ -485,7 +520,9 @@ def multi_output():
 def relu_mlp():
     """An ordinary classifier: an activation after every layer."""
     batch = rows(12, 4)
-    return *linen(nn.Sequential([nn.Dense(12), nn.relu, nn.Dense(12), nn.relu, nn.Dense(4)]), batch), batch
+    return *linen(
+        nn.Sequential([nn.Dense(12), nn.relu, nn.Dense(12), nn.relu, nn.Dense(4)]), batch
+    ), batch
 
 
 @network(collapses=False)
@@ -569,7 +606,9 @@ class DenseBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.BatchNorm(use_running_average=not self.train)(nn.Dense(WIDE, use_bias=self.use_bias)(x))
+        x = nn.BatchNorm(use_running_average=not self.train)(
+            nn.Dense(WIDE, use_bias=self.use_bias)(x)
+        )
         return nn.Dense(3)(self.activation(x))
 
 
@@ -751,7 +790,9 @@ class LinenScan(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scanned = nn.scan(PairStep, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        scanned = nn.scan(
+            PairStep, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
         return nn.Dense(3)(scanned()(x, None)[0])
 
 
@@ -765,7 +806,9 @@ def linen_scan():
 @network(collapses=True)
 def cond():
     """A branch chosen by the data, between linear pairs."""
-    params = dict(zip("abcde", weights((4, WIDE), (WIDE, 4), (4, 4), (4, WIDE), (WIDE, 3)), strict=True))
+    params = dict(
+        zip("abcde", weights((4, WIDE), (WIDE, 4), (4, 4), (4, WIDE), (WIDE, 3)), strict=True)
+    )
 
     def apply_fn(params, x):
         h = x @ params["a"] @ params["b"]

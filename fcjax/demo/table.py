@@ -25,8 +25,8 @@ def table(comparisons: list[Comparison]) -> Table:
 
 
 _ROWS = (
-    ("leaves folded", ""),
-    ("test accuracy", "backprop"),
+    ("folded", "leaves"),
+    ("accuracy", "backprop"),
     ("", "fc"),
     ("deviation", "outputs"),
     ("weights", "backprop"),
@@ -36,7 +36,7 @@ _ROWS = (
     ("faster", "medians"),
     ("", "best"),
     ("", "A/A"),
-    ("temporary MiB", "backprop"),
+    ("temp MiB", "backprop"),
     ("", "fc"),
     ("all MiB", "backprop"),
     ("", "fc"),
