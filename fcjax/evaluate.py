@@ -226,10 +226,11 @@ def _rows_product(rows: Named, weight: Named, part: Linear, expr: Expr, env: Env
     columns = tuple(x for x in weight.labels if x not in contracted)
     width = math.prod(x.size for x in contracted)
     x = _ordered(rows, (*tokens, *contracted)).reshape([t.size for t in tokens] + [width])
-    z = _ordered(weight, (*contracted, *columns)).astype(expr.dtype).reshape(width, -1)
-    factors = tuple(_ordered(s, tokens)[..., None] for s in scales)
+    z = _ordered(weight, (*contracted, *columns)).astype(expr.dtype)
+    z = z.reshape([width] + [c.size for c in columns])
+    factors = tuple(_ordered(s, tokens) for s in scales)
     out = numerics.scaled_product(x, factors, z, expr.precision)
-    return Named(out.reshape([x.size for x in (*tokens, *columns)]), (*tokens, *columns), True)
+    return Named(out, (*tokens, *columns), True)
 
 
 def _mean_square(part: MeanSquare, weight: Named, env: Env) -> Named:

@@ -35,7 +35,7 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
         pieces = {p: q[1:] for p, q in pieces.items()}
     short = {}
     for path, parts in pieces.items():
-        parts = [part for part in parts if part != "value"] or parts  # nnx wraps its arrays
+        parts = parts[:-1] if parts[-1] == "value" and len(parts) > 1 else parts  # nnx wraps arrays
         kernel = parts[-1] in ("kernel", "weight", "embedding") and len(parts) > 1
         short[path] = ".".join(parts[:-1] if kernel else parts)
     return short if len(set(short.values())) == len(short) else {p: p for p in paths}

@@ -39,18 +39,20 @@ def scaled_product(
 
     Args:
       rows: shape ``(*batch, e)`` (any leading axes).
-      scales: arrays of shape ``(*batch, 1)``, or anything that broadcasts against it.
-      weight: shape ``(e, k)``.
+      scales: arrays of shape ``(*batch,)``, or anything that broadcasts against it.
+      weight: shape ``(e, *k)``.
       precision: of the product; static.
 
     Returns:
-      shape ``(*batch, k)``.
+      shape ``(*batch, *k)``.
     """
     return _scaled(_dot(rows, weight, precision), scales)
 
 
 def _scaled(x: Array, scales: Sequence[Array]) -> Array:
-    return functools.reduce(jnp.multiply, scales, x)
+    """Multiplies along the leading axes."""
+    wide = [s.reshape(s.shape + (1,) * (x.ndim - s.ndim)) for s in scales]
+    return functools.reduce(jnp.multiply, wide, x)
 
 
 def _dot(a: Array, b: Array, precision: Any) -> Array:

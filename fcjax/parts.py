@@ -106,6 +106,9 @@ def recipe(expr: Expr, runs: int = 1) -> Recipe:
     Raises:
       Unrepresentable: if a term has no safe way to be computed.
     """
+    squares = [t for t in expr.terms if len(_roles(t, expr)[0]) == 2]
+    if len(squares) > 1 and np.dtype(expr.dtype).itemsize < 8:
+        raise Unrepresentable("the square of a sum, expanded, which narrow floats would cancel")
     groups: dict[object, list[Term]] = {}
     for term in expr.terms:
         rows, scales, _ = _roles(term, expr)
@@ -219,12 +222,15 @@ def _inner(free: frozenset[Label], term: Term) -> frozenset[Label]:
 
 
 def _is_one_pass(term: Term, expr: Expr) -> bool:
-    """Whether a term needs second moments in a precision that loses a small variance."""
-    data = [f for f in term.factors if f.is_data]
-    if len(data) < 2 or np.dtype(expr.dtype).itemsize >= 8:
+    """Whether a term is a second moment that narrow floats would cancel.
+
+    ``|x W|^2`` written as ``x (W W^T) x`` loses its digits where x W is small; see
+    ``numerics.centred_square_sum`` for the form that keeps them.
+    """
+    if np.dtype(expr.dtype).itemsize >= 8:
         return False
-    bound = data[0].labels & data[1].labels - expr.free
-    return bool(bound) and any(f.labels - expr.free for f in term.factors if not f.is_data)
+    rows, _, weights = _roles(term, expr)
+    return len(rows) == 2 and any(f.labels - expr.free for f in weights)
 
 
 def _linear(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
@@ -244,6 +250,8 @@ def _linear(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
     for factor in scales:
         result, extra = contraction.pair(result, _operand(factor), expr.free, runs)
         cost = cost + extra
+        if trainable:  # the scaled cotangent of the product is written for the gradient of Z
+            cost = cost + Cost(time=contraction.BYTE * result.bytes)
     if row.centred & expr.free and row.centred - expr.free:
         raise Unrepresentable("a mean over both summed and free labels")
     part = Linear(

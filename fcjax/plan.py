@@ -33,6 +33,9 @@ MARGIN = 0.02
 """A rewrite must be cheaper than what it replaces by this fraction, the model's own doubt."""
 SAFE_MARGIN = 0.005
 """The same for a rewrite with no more products than the original, which can only save traffic."""
+TIE = 0.01
+"""A rewrite that holds clearly less for the backward pass may be predicted this much slower."""
+CLEARLY_LESS = 0.95
 SLOWEST = 2.0
 """Under ``objective="memory"`` a rewrite may cost this many times the time of the original."""
 PASSES = 8
@@ -328,7 +331,7 @@ class _Search:
         self.gone: set[Value] = set()
         self.changed: set[Value] = set()
         self.declined: dict[tuple[Value, ...], Change] = {}
-        self.tried: dict[tuple[Value, ...], tuple[int, ...]] = {}
+        self.tried: dict[tuple[Value, ...], list[Recipe]] = {}
 
     def _recipe(self, expr: Expr) -> Recipe:
         try:
@@ -362,8 +365,8 @@ class _Search:
     def _try(self, move: tuple[Value, ...]) -> bool:
         """Expresses the values of ``move`` through what they are made of, in all their readers."""
         affected = set().union(*(self.readers[v] for v in move)) - set(move)
-        state = tuple(sorted(id(self.recipes[v]) for v in (*affected, *move)))
-        if not affected or self.tried.get(move) == state:
+        state = [self.recipes[v] for v in sorted({*affected, *move}, key=self.order.__getitem__)]
+        if not affected or _identical(self.tried.get(move, []), state):
             return False
         self.tried[move] = state
         try:
@@ -396,7 +399,8 @@ class _Search:
             smaller = after.held < limit * before.held
             same = after.held <= before.held and after.time <= limit * before.time
             return (smaller and after.time <= SLOWEST * before.time) or same
-        return after.time <= limit * before.time
+        smaller = after.held <= CLEARLY_LESS * before.held
+        return after.time <= (1 + TIE if smaller else limit) * before.time
 
     def _apply(
         self, move: tuple[Value, ...], gone: Sequence[Value], new: dict[Value, Recipe]
@@ -428,6 +432,10 @@ class _Search:
         roots = tuple(v for v in left if v in self.changed)
         gone = tuple(v for v in group if v in self.gone)
         return Change(roots, gone, before, after, self._pays(before, after, for_sure=True))
+
+
+def _identical(a: Sequence[Recipe], b: Sequence[Recipe]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 def _moves(

@@ -1,4 +1,4 @@
-"""Set up JAX for the tests: CPU, float64, and eight host devices. It must run before jax is imported."""
+"""Set up JAX for the tests, before it is imported: CPU, float64, and eight host devices."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Every unusable argument raises at `front_contribute`, naming the argument or layer and the remedy."""
+"""Unusable arguments raise, naming the argument or layer and the remedy."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_data_is_not_available_yet():
 
 def test_strict_names_the_layers_that_stay():
     network = zoo.build("relu_mlp")
-    with pytest.raises(fcjax.NotFoldableError, match="(?s)layers_0.*kernel.*strict"):
+    with pytest.raises(fcjax.NotFoldableError, match=r"(?s)layers_0.*kernel.*strict"):
         fcjax.front_contribute(network.apply_fn, network.params, *network.example_args, strict=True)
 
 
@@ -193,7 +193,7 @@ def test_params_of_the_wrong_structure(method, wrong):
         "expand": lambda: fc.expand(params),
         "reduce": lambda: fc.reduce(params),
     }
-    with pytest.raises(fcjax.FrontContributionError, match="(?s)structure.*expected"):
+    with pytest.raises(fcjax.FrontContributionError, match=r"(?s)structure.*expected"):
         calls[method]()
 
 
@@ -208,5 +208,5 @@ def test_params_of_the_wrong_shape_name_the_leaf(method):
 
 def test_wrong_shape_of_data_in_a_later_call():
     fc = fcjax.front_contribute(apply_chain, chain_params(), X)
-    with pytest.raises(fcjax.FrontContributionError, match="64, ?5"):
+    with pytest.raises(fcjax.FrontContributionError, match=r"64, ?5"):
         fc.apply(fc.params, jnp.ones((64, 5)))

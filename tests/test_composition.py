@@ -1,8 +1,9 @@
-"""`fc.apply` takes the place of `apply_fn` under JAX's transformations and in the usual training loops."""
+"""`fc.apply` in place of `apply_fn`: JAX's transformations and the usual training loops."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 
@@ -56,7 +57,7 @@ def direction(params):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)), params)
 
 
-# --- transformations --------------------------------------------------------------------------------------
+# --- transformations --------------------
 
 
 TRANSFORMED = {
@@ -143,7 +144,7 @@ def test_other_batch_ranks(chain):
     )
 
 
-# --- training loops ---------------------------------------------------------------------------------------
+# --- training loops --------------------
 
 
 def steps_in_a_scan(loss, params, optimizer, batches):
@@ -282,7 +283,7 @@ def test_bfloat16_compute_with_float32_params_stays_as_close_as_backprop_does(ch
     assert relative_deviation(of_fc, trained_chain, floor=0.1) <= max(3e-2, 2 * own_error)
 
 
-# --- devices ----------------------------------------------------------------------------------------------
+# --- devices --------------------
 
 
 WIDTHS = (784, 1024, 1024, 1024, 1024, 10)
@@ -292,7 +293,7 @@ ITEM_BYTES = {"f32": 4, "f64": 8, "bf16": 2}
 
 def wide_chain():
     """784-1024x4-10 in float32."""
-    shapes = zip(WIDTHS[:-1], WIDTHS[1:], strict=True)
+    shapes = itertools.pairwise(WIDTHS)
     params = [kernel.astype(jnp.float32) for kernel in zoo.weights(*shapes)]
     return lambda params, x: functools.reduce(jnp.matmul, params, x), params
 
@@ -342,7 +343,7 @@ def test_sharded_training_agrees_with_one_device(chain, trained_chain, kind):
     assert relative_deviation(actual, trained_chain) <= 1e-11
 
 
-# --- compilation ------------------------------------------------------------------------------------------
+# --- compilation --------------------
 
 
 def test_new_values_neither_retrace_nor_recompile(chain):
@@ -412,7 +413,7 @@ def test_nothing_to_fold_calls_apply_fn_itself(name):
     assert str(as_folded) == str(as_written)
 
 
-# --- expand and reduce ------------------------------------------------------------------------------------
+# --- expand and reduce --------------------
 
 
 def described(tree):

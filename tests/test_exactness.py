@@ -55,7 +55,7 @@ def trained_by_backprop(name):
 
 
 def deviations(actual, expected):
-    """Relative deviation of each optimizer's entry, which lie along the first axis of every leaf."""
+    """Relative deviation of each optimizer's entry along the first axis of every leaf."""
     return {
         name: relative_deviation(entry(actual, i), entry(expected, i))
         for i, name in enumerate(OPTIMIZERS)

@@ -50,10 +50,12 @@ def stacked_batches(network, steps):
 def train(loss_fn, params, batches):
     """Train once with each optimizer, in one compiled program.
 
-    The gradient is compiled once: `lax.map` applies it, unbatched, to each optimizer's parameters in turn.
+    The gradient is compiled once: `lax.map` applies it, unbatched, to one optimizer's parameters
+    after another.
 
     Returns:
-        Losses of shape (steps, optimizers), and the final parameters stacked in order of `OPTIMIZERS`.
+        Losses of shape (steps, optimizers), and the final parameters, stacked in order of
+        `OPTIMIZERS`.
     """
 
     def step(carry, batch):
@@ -101,8 +103,8 @@ def outputs_of_all(apply, stacked, args):
 def relative_deviation(actual, expected, floor=0.0):
     """Largest deviation over a pytree, relative to each leaf's largest entry.
 
-    `floor` is the share of the largest entry of all leaves below which no leaf's own scale goes: gradients
-    that are zero but for rounding have no scale of their own.
+    `floor` is the share of the largest entry of all leaves below which no leaf's own scale goes:
+    gradients that are zero but for rounding have no scale of their own.
     """
     pairs = list(zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True))
     top = max(_largest(expected) for _, expected in pairs)

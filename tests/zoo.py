@@ -1,12 +1,14 @@
 """Small networks that the tests train with and without front contribution.
 
-Every network is a builder registered under its function's name; `build(name)` makes it, with all floating
-parameters in float64 and moved off their initial zeros and ones, so that no bias or gain is trivial.
+Every network is a builder registered under its function's name; `build(name)` makes it, with all
+floating parameters in float64 and moved off their initial zeros and ones, so that no bias or gain
+is trivial.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +34,8 @@ class Network:
     params: pytree of arrays.
     batch: `batch(rng) -> (args, target)`, numpy arrays of the example shapes.
     loss: `loss(outputs, target)`, a scalar.
-    collapses: whether the analysis is expected to collapse something at these sizes; None where the sizes
-        leave it to the planner's prices.
+    collapses: whether the analysis is expected to collapse something at these sizes; None where
+        the sizes leave it to the planner's prices.
     """
 
     name: str
@@ -53,7 +55,7 @@ _BUILDERS: dict[str, tuple[Callable, bool | None]] = {}
 
 
 def network(*, collapses: bool | None):
-    """Register a builder that returns `(apply_fn, params, batch)` or `(apply_fn, params, batch, loss)`."""
+    """Register a builder of `(apply_fn, params, batch)` and optionally a loss."""
 
     def register(builder):
         if builder.__name__ in _BUILDERS:
@@ -186,7 +188,7 @@ def linen(module, batch, *init_args):
     return lambda params, *args: module.apply({"params": params}, *args), params
 
 
-# --- chains -----------------------------------------------------------------------------------------------
+# --- chains --------------------
 
 
 @network(collapses=False)
@@ -213,7 +215,7 @@ def linear_depth_4_biases():
 def linear_depth_12():
     """Twelve layers with biases in a dict of tuples."""
     sizes = [6, *[WIDE] * 11, 3]
-    kernels = weights(*zip(sizes[:-1], sizes[1:], strict=True))
+    kernels = weights(*itertools.pairwise(sizes))
     params = {
         f"layer_{i:02}": pair for i, pair in enumerate(zip(kernels, zeros(*sizes[1:]), strict=True))
     }
@@ -300,7 +302,7 @@ def scales():
     return apply_fn, params, rows(4, 3)
 
 
-# --- layouts ----------------------------------------------------------------------------------------------
+# --- layouts --------------------
 
 
 class HeadsInAndOut(nn.Module):
@@ -392,7 +394,7 @@ def embedding_then_linear():
     return lambda p, ids: p["table"][ids] @ p["up"] @ p["down"], params, tokens_of(10, 3)
 
 
-# --- parameters -------------------------------------------------------------------------------------------
+# --- parameters --------------------
 
 
 @network(collapses=None)
@@ -465,7 +467,7 @@ def integer_and_unused_leaves():
     return lambda p, x: x @ p["w"][0] @ p["w"][1] / p["exponent"], params, rows(4, 3)
 
 
-# --- several segments, several consumers, several outputs -------------------------------------------------
+# --- several segments, several consumers, several outputs --------------------
 
 
 @network(collapses=True)
@@ -485,7 +487,7 @@ def segments_between_activations():
 
 @network(collapses=True)
 def several_consumers():
-    """A hidden value read by a linear map, by a linear map before relu, and by itself through tanh."""
+    """A hidden value read by linear maps, by one before relu, and by tanh directly."""
     params = dict(zip("abcd", weights((4, 12), (12, 3), (12, 3), (12, 3)), strict=True))
 
     def apply_fn(params, x):
@@ -532,7 +534,7 @@ def gated_linear_unit():
     return lambda p, x: ((x @ p["u"]) * jax.nn.sigmoid(x @ p["v"])) @ p["w"], params, rows(12, 4)
 
 
-# --- normalisations ---------------------------------------------------------------------------------------
+# --- normalisations --------------------
 
 
 class NormThenDense(nn.Module):
@@ -584,7 +586,7 @@ def dense_norm_dense():
 
 
 def batch_norm(module, batch, train):
-    """Apply function that takes the statistics as an argument and in training returns the updated ones."""
+    """Apply function with the statistics as an argument; in training it returns updated ones."""
     (x,), _ = batch(np.random.default_rng(0))
     variables = jax.jit(module.init)(jax.random.key(0), x)
     stats = jax.tree.map(lambda leaf: leaf + 0.1, cast(variables["batch_stats"], jnp.float64))
@@ -625,14 +627,14 @@ class BatchNormBranches(nn.Module):
 
 @network(collapses=None)
 def batch_norm_training():
-    """Training-mode BatchNorm between an expanding dense map and relu, with its updated statistics."""
+    """Training-mode BatchNorm after an expanding dense map, returning its updated statistics."""
     module = DenseBatchNorm(train=True, activation=nn.relu, use_bias=False)
     return batch_norm(module, rows(4, 3), train=True)
 
 
 @network(collapses=None)
 def batch_norm_training_after_bias():
-    """A bias before training-mode BatchNorm: its gradient is zero but for rounding. Statistics dropped."""
+    """A bias before training-mode BatchNorm: its gradient is zero but for rounding."""
     module = DenseBatchNorm(train=True, activation=jnp.tanh)
     apply_fn, *rest, _ = batch_norm(module, rows(4, 3), train=True)
     return lambda params, stats, x: apply_fn(params, stats, x)[0], *rest
@@ -650,7 +652,7 @@ def batch_norm_inference():
     return batch_norm(DenseBatchNorm(train=False, activation=lambda x: x), rows(4, 3), train=False)
 
 
-# --- attention --------------------------------------------------------------------------------------------
+# --- attention --------------------
 
 
 @network(collapses=None)
@@ -678,7 +680,7 @@ def transformer_block():
     return *linen(Transformer(), batch), batch
 
 
-# --- program structure ------------------------------------------------------------------------------------
+# --- program structure --------------------
 
 
 @network(collapses=True)
@@ -870,11 +872,11 @@ def custom_vjp_identity():
     return _pairs_around(doubled_gradient)
 
 
-# --- frameworks -------------------------------------------------------------------------------------------
+# --- frameworks --------------------
 
 
 def from_nnx(model, batch):
-    """Apply function that closes over the graph and the non-parameter state; parameters are an nnx.State."""
+    """Apply function that closes over the graph and fixed state, and an nnx.State of parameters."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     return lambda params, x: nnx.merge(graphdef, params, rest)(x), params, batch
 
