@@ -1,7 +1,7 @@
 """The front door: what is wrong with an argument, and what to do about it."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 
 from fcjax.errors import FrontContributionError
 from fcjax.names import path_name
-from fcjax.trace import Body, Value
+from fcjax.trace import Body, Kind, Value
 
 __all__ = ["inferred_arguments", "options", "outputs", "params", "shapes", "structure", "tracing"]
 
@@ -133,18 +133,14 @@ def _remedy(error: Exception) -> str:
     return "It must be a pure function that jax.jit accepts; try jax.jit(apply_fn) first."
 
 
-def outputs(body: Body, trained: Sequence[bool]) -> None:
+def outputs(body: Body, known: Mapping[Value, Kind]) -> None:
     """Checks that the network's output is an array that depends on its parameters.
 
     Raises:
       FrontContributionError: if there is nothing to differentiate.
     """
-    reached = {v for v, t in zip(body.inputs, trained, strict=False) if t}
-    for equation in body.equations:
-        if not reached.isdisjoint(equation.values):
-            reached.update(v for v in equation.outputs if v is not None)
-    results = [a for a in body.outputs if jnp.issubdtype(a.aval.dtype, jnp.inexact)]
-    if not any(isinstance(a, Value) and a in reached for a in results):
+    results = [a for a in body.outputs if isinstance(a, Value)]
+    if not any(known[value].trainable for value in results):
         raise FrontContributionError(
             "apply_fn returns nothing differentiable: no floating-point output depends on params; "
             "return the network's predictions"

@@ -20,7 +20,7 @@ __all__ = [
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
-    """Returns ``(jaxpr, consts)``; since jax 0.12 a closed jaxpr is a jaxpr that holds its consts."""
+    """Returns ``(jaxpr, consts)``; since jax 0.12 a closed jaxpr is a jaxpr with its consts."""
     if hasattr(jaxpr, "jaxpr"):
         return jaxpr.jaxpr, jaxpr.consts
     return jaxpr, ()

@@ -23,7 +23,7 @@ EXHAUSTIVE = 6
 """Up to so many operands every order is tried; longer terms are chains or ordered greedily."""
 
 Order = int | tuple["Order", "Order"]
-"""A contraction order: the number of an operand, or a pair of orders whose results are multiplied."""
+"""The number of an operand, or a pair of orders whose results are multiplied."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Operand:
 
     @functools.cached_property
     def bytes(self) -> float:
+        """The size in memory."""
         return size(self.labels) * self.itemsize
 
 
@@ -136,20 +137,25 @@ def search(operands: Sequence[Operand], keep: frozenset[Label], runs: int = 1) -
         if len(operands[chain[0]].labels) > 1:
             chain.reverse()
         if len(operands[chain[0]].labels) == 1:
-            return functools.reduce(lambda done, k: (done, k), chain)
+            return _one_by_one(chain)
         return _intervals(operands, keep, runs, chain)
     if len(operands) <= EXHAUSTIVE:
         return _subsets(operands, keep, runs)
     return _greedy(operands, keep, runs)
 
 
+def _one_by_one(line: Sequence[int]) -> Order:
+    order: Order = line[0]
+    for k in line[1:]:
+        order = (order, k)
+    return order
+
+
 def _needed(operands: Sequence[Operand], inside: frozenset[int], keep: frozenset[Label]):
     return keep.union(*(o.labels for i, o in enumerate(operands) if i not in inside))
 
 
-def _cheapest(
-    splits: Sequence[tuple[Best, Best]], keep: frozenset[Label], runs: int
-) -> Best:
+def _cheapest(splits: Sequence[tuple[Best, Best]], keep: frozenset[Label], runs: int) -> Best:
     best: Best | None = None
     for (time_a, order_a, a), (time_b, order_b, b) in splits:
         result, cost = pair(a, b, keep, runs)
@@ -198,9 +204,7 @@ def _intervals(
 def _subsets(operands: Sequence[Operand], keep: frozenset[Label], runs: int) -> Order:
     """Every order of a short term, by dynamic programming over subsets."""
     everything = range(len(operands))
-    best: dict[frozenset[int], Best] = {
-        frozenset({i}): (0.0, i, operands[i]) for i in everything
-    }
+    best: dict[frozenset[int], Best] = {frozenset({i}): (0.0, i, operands[i]) for i in everything}
     for count in range(2, len(operands) + 1):
         for chosen in itertools.combinations(everything, count):
             whole = frozenset(chosen)

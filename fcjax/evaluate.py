@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Hashable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe
 
 __all__ = ["evaluate", "form"]
 
-Env = Mapping[Hashable, Array]
+Env = Mapping[Any, Array]
 Formed = dict[Hashable, "Named"]
 
 
@@ -206,9 +207,7 @@ def _linear(part: Linear, weight: Named, expr: Expr, env: Env) -> Named:
             True,
         )
         shift = _pair(means, weight, expr.free, expr)
-        result = dataclasses.replace(
-            result, array=result.array - _ordered(shift, result.labels)
-        )
+        result = dataclasses.replace(result, array=result.array - _ordered(shift, result.labels))
     return result
 
 

@@ -56,7 +56,7 @@ MAX_TIES = 720
 """Orderings of interchangeable factors tried for a canonical key before giving up on merging."""
 
 
-class Unrepresentable(Exception):
+class Unrepresentable(Exception):  # noqa: N818 (an answer of a rule, not a failure)
     """An operation whose result is no sum of einsum terms of data degree at most two."""
 
 
@@ -81,15 +81,15 @@ class Leaf:
     """An array that is computed elsewhere.
 
     Attributes:
-      var: what identifies it (a jaxpr variable).
-      kind: ``"param"`` if it depends on parameters alone, ``"const"`` if on nothing, else ``"data"``.
+      var: what identifies it: the value that it is (``trace.Value``).
+      kind: ``"param"`` if it depends on parameters alone, ``"const"`` if on nothing, or ``"data"``.
       shape: its shape.
       dtype: its dtype.
       trainable: whether a gradient flows to it.
       invariant: whether it stays the same between two runs of the body it is used in.
     """
 
-    var: Hashable
+    var: Any
     kind: Literal["param", "data", "const"]
     shape: tuple[int, ...]
     dtype: Any
@@ -98,6 +98,7 @@ class Leaf:
 
     @property
     def size(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
 
@@ -119,15 +120,18 @@ class Factor:
 
     @property
     def labels(self) -> frozenset[Label]:
+        """The labels of all its axes."""
         return frozenset(itertools.chain.from_iterable(self.axes))
 
     @property
     def is_data(self) -> bool:
+        """Whether the leaf depends on data."""
         return self.leaf.kind == "data"
 
     def rename(self, renaming: Renaming) -> Factor:
+        """Replaces labels by the labels they are split into."""
         axes = _rename_dims(self.axes, renaming)
-        centred = frozenset(part for label in self.centred for part in renaming.get(label, (label,)))
+        centred = frozenset(p for label in self.centred for p in renaming.get(label, (label,)))
         return dataclasses.replace(self, axes=axes, centred=centred)
 
 
@@ -147,18 +151,20 @@ class Window:
 
     @property
     def labels(self) -> frozenset[Label]:
+        """The labels it relates."""
         return frozenset({self.outer, self.inner} | ({self.tap} if self.tap else set()))
 
     def rename(self, renaming: Renaming) -> Window:
-        def one(label: Label | None) -> Label | None:
-            axis = renaming.get(label, (label,)) if label else (None,)
+        """Replaces labels one for one."""
+
+        def one(label: Label) -> Label:
+            axis = renaming.get(label, (label,))
             if len(axis) != 1:
                 raise Unrepresentable("a windowed axis cannot be split")
             return axis[0]
 
-        return dataclasses.replace(
-            self, outer=one(self.outer), inner=one(self.inner), tap=one(self.tap)
-        )
+        tap = one(self.tap) if self.tap else None
+        return dataclasses.replace(self, outer=one(self.outer), inner=one(self.inner), tap=tap)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +177,9 @@ class Term:
 
     @property
     def labels(self) -> frozenset[Label]:
-        return frozenset().union(*(f.labels for f in self.factors), *(w.labels for w in self.windows))
+        """The labels of all its factors and windows."""
+        seen = [f.labels for f in self.factors] + [w.labels for w in self.windows]
+        return frozenset().union(*seen)
 
     @property
     def degree(self) -> int:
@@ -179,6 +187,7 @@ class Term:
         return sum(f.is_data for f in self.factors)
 
     def rename(self, renaming: Renaming) -> Term:
+        """Replaces labels by the labels they are split into."""
         if not renaming:
             return self
         return Term(
@@ -206,21 +215,26 @@ class Expr:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The size of every axis."""
         return tuple(math.prod(label.size for label in axis) for axis in self.dims)
 
     @property
     def free(self) -> frozenset[Label]:
+        """The labels that are not summed."""
         return frozenset(itertools.chain.from_iterable(self.dims))
 
     @property
-    def leaves(self) -> dict[Hashable, Leaf]:
+    def leaves(self) -> dict[Any, Leaf]:
+        """The arrays it is made of, by what identifies them."""
         return {f.leaf.var: f.leaf for term in self.terms for f in term.factors}
 
     @property
     def has_data(self) -> bool:
+        """Whether it depends on data."""
         return any(f.is_data for term in self.terms for f in term.factors)
 
     def rename(self, renaming: Renaming) -> Expr:
+        """Replaces labels by the labels they are split into."""
         if not renaming:
             return self
         terms = tuple(term.rename(renaming) for term in self.terms)
@@ -273,9 +287,7 @@ def _with_terms(expr: Expr, terms: Iterable[Term], *others: Expr) -> Expr:
 
 def at_least(expr: Expr, precision: lax.Precision | None) -> Expr:
     """``expr`` with its products at ``precision`` or higher."""
-    return dataclasses.replace(
-        expr, precision=max(expr.precision, precision, key=_precision_rank)
-    )
+    return dataclasses.replace(expr, precision=max(expr.precision, precision, key=_precision_rank))
 
 
 def _precision_rank(precision: lax.Precision | None) -> int:
@@ -373,22 +385,22 @@ def _refine(a: Axis, b: Axis) -> tuple[dict[Label, Axis], dict[Label, Axis]]:
     """Splits two axes of one size into common labels, outermost first."""
     parts_a: dict[Label, list[Label]] = {label: [] for label in a}
     parts_b: dict[Label, list[Label]] = {label: [] for label in b}
-    stack_a, stack_b = [[x, x.size] for x in reversed(a)], [[x, x.size] for x in reversed(b)]
-    while stack_a and stack_b:
-        (label_a, left_a), (label_b, left_b) = stack_a[-1], stack_b[-1]
-        size = min(left_a, left_b)
-        if left_a % size or left_b % size:
+    left_a, left_b = [(x, x.size) for x in reversed(a)], [(x, x.size) for x in reversed(b)]
+    while left_a and left_b:
+        (label_a, rest_a), (label_b, rest_b) = left_a.pop(), left_b.pop()
+        size = min(rest_a, rest_b)
+        if rest_a % size or rest_b % size:
             raise Unrepresentable("two axes split at places that have no common refinement")
         # a label that is not split keeps its name, those of ``a`` first
         whole = [x for x in (label_a, label_b) if x.size == size]
         common = whole[0] if whole else Label(size)
         parts_a[label_a].append(common)
         parts_b[label_b].append(common)
-        for stack, left in ((stack_a, left_a), (stack_b, left_b)):
-            stack[-1][1] = left // size
-            if left == size:
-                stack.pop()
-    if stack_a or stack_b:
+        if rest_a > size:
+            left_a.append((label_a, rest_a // size))
+        if rest_b > size:
+            left_b.append((label_b, rest_b // size))
+    if left_a or left_b:
         raise Unrepresentable("two axes differ in size")
     return _changes(parts_a), _changes(parts_b)
 
@@ -533,9 +545,7 @@ def _resolve_windows(term: Term, free: frozenset[Label]) -> Term:
             raise Unrepresentable("a product of two windows")
         rest = tuple(w for w in term.windows if w is not window)
         view = (window.offset, window.offset + window.inner.size, 1)
-        factors = tuple(
-            _slice_factor(f, window.outer, (window.inner,), view) for f in term.factors
-        )
+        factors = tuple(_slice_factor(f, window.outer, (window.inner,), view) for f in term.factors)
         return _resolve_windows(Term(term.scale, factors, rest), free)
     return term
 
@@ -571,7 +581,9 @@ def multiply(a: Expr, b: Expr) -> Expr:
 
 
 def contract(
-    a: Expr, b: Expr, contracting: tuple[Sequence[int], Sequence[int]],
+    a: Expr,
+    b: Expr,
+    contracting: tuple[Sequence[int], Sequence[int]],
     batch: tuple[Sequence[int], Sequence[int]],
 ) -> Expr:
     """``lax.dot_general``: axes of the result are batch, free axes of ``a``, free axes of ``b``."""
@@ -722,9 +734,7 @@ def _substitute_term(term: Term, free: frozenset[Label], var: Hashable, value: E
     if position is None:
         return [term]
     factor = term.factors[position]
-    rest = dataclasses.replace(
-        term, factors=term.factors[:position] + term.factors[position + 1 :]
-    )
+    rest = dataclasses.replace(term, factors=term.factors[:position] + term.factors[position + 1 :])
     new: list[Term] = []
     for part, renaming in _viewed(factor, value):
         joined = Term(
@@ -775,4 +785,3 @@ def _recentred_term(term: Term, centred: frozenset[Label]) -> list[Term]:
     if factor.centred not in (frozenset(), over):
         raise Unrepresentable("deviations from two different means")
     return [_centre(term, holding, over)]
-

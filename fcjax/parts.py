@@ -25,8 +25,8 @@ from fcjax.expressions import Expr, Factor, Label, Term, Unrepresentable, term_k
 
 __all__ = ["Linear", "MeanSquare", "Part", "Product", "Recipe", "recipe"]
 
-R_FACTOR = 3.0
-"""How much more than its multiply-adds a QR factorisation costs."""
+MOMENTS = 3.0
+"""Products of the rows with a matrix of their own width that a mean square takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +237,8 @@ def _linear(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
     """All terms of a group through one effective weight."""
     rows, scales, _ = _roles(group[0], expr)
     (row,) = rows
+    if row.centred and np.dtype(expr.dtype).itemsize < 4:
+        raise Unrepresentable("a mean that half precision would not cancel through the weights")
     split = [_weight_term(term, row, expr) for term in group]
     inside = frozenset().union(*(t.labels for t in split)) & (row.labels | expr.free)
     labels = tuple(sorted(inside, key=_position(row, expr)))
@@ -275,9 +277,7 @@ def _weight_term(term: Term, row: Factor, expr: Expr) -> Term:
     (own,), _, weights = _roles(term, expr)
     renaming = {
         mine: (theirs,)
-        for mine, theirs in zip(
-            itertools.chain(*own.axes), itertools.chain(*row.axes), strict=True
-        )
+        for mine, theirs in zip(itertools.chain(*own.axes), itertools.chain(*row.axes), strict=True)
     }
     weight = Term(term.scale, weights)
     inner = weight.labels - own.labels - expr.free  # the row's labels may stand here by chance
@@ -297,23 +297,19 @@ def _mean_square(term: Term, expr: Expr, runs: int) -> Option | None:
     if first.centred != second.centred or first.centred & expr.free:
         return None
     halves = _halves(term, first, second, expr)
-    if halves is None:
+    if halves is None or np.dtype(expr.dtype).itemsize < 4:
         return None
     contracted = tuple(label for axis in first.axes for label in axis if label in halves.labels)
     contracted = tuple(label for label in contracted if label not in expr.free)
     inside = halves.labels & (first.labels | expr.free)
     if first.labels - first.centred - frozenset(contracted):
         return None  # a free label on the rows: one statistic for each of its values
-    labels = contracted + tuple(
-        label for axis in expr.dims for label in axis if label in inside
-    )
+    labels = contracted + tuple(label for axis in expr.dims for label in axis if label in inside)
     weight, cost = _product(halves, expr, runs, inside)
     rows, columns = _operand(first), Operand(inside, True, False, np.dtype(expr.dtype).itemsize)
     width, height = (contraction.size(frozenset(s)) for s in (contracted, first.centred))
-    passes = 1 + rows.trainable
-    exact = np.dtype(expr.dtype).itemsize >= 8
-    moments = 2.0 * width * width * height * passes
-    cost = cost + Cost(moments * (1.0 if exact else R_FACTOR), moments)
+    moments = 2.0 * width * width * height * (MOMENTS + rows.trainable)
+    cost = cost + Cost(moments, moments)
     _, small = contraction.pair(
         Operand(frozenset((*contracted, Label(int(width) + 1))), True, False, rows.itemsize),
         columns, expr.free, runs,
@@ -339,11 +335,10 @@ def _halves(term: Term, first: Factor, second: Factor, expr: Expr) -> Term | Non
 
 def _reachable(start: frozenset[Label], weights: Sequence[Factor], expr: Expr) -> list[Factor]:
     """The factors connected to some labels through summed labels."""
-    seen, found = set(start), []
+    seen, found = set(start), list[Factor]()
     while True:
         more = [f for f in weights if f.labels & seen and not any(f is g for g in found)]
         if not more:
             return found
         found += more
         seen |= functools.reduce(frozenset.union, (f.labels for f in more)) - expr.free
-

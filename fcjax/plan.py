@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -98,6 +98,7 @@ class Plan:
       before: the price of a training step as written.
       after: its price as planned.
       bases: the expressions of the roots of the network as written.
+      boundaries: the equations that are no sums of einsum terms.
       runs: how often the body runs in one training step.
     """
 
@@ -107,6 +108,7 @@ class Plan:
     nested: dict[int, tuple["Plan", ...]]
     changes: tuple[Change, ...]
     bases: dict[Value, Expr]
+    boundaries: frozenset[Equation]
     before: Cost
     after: Cost
     runs: int
@@ -143,15 +145,15 @@ def plan(
     changes = search.changes()
     taken = {root for change in changes if change.taken for root in change.roots}
     recipes = {root: search.recipes[root] for root in taken}
-    inner = list(itertools.chain.from_iterable(nested.values()))
+    plans = list(itertools.chain.from_iterable(nested.values()))
     fixed = _boundary_cost(boundaries, known)
     before = sum((how.cost for how in search.base.values()), fixed)
     saved = [(c.before, c.after) for c in changes if c.taken]
     after = before + sum((b * -1.0 + a for b, a in saved), Cost())
     return Plan(
-        body, known, recipes, nested, tuple(changes), roots,
-        sum((p.before * p.runs for p in inner), before),
-        sum((p.after * p.runs for p in inner), after),
+        body, known, recipes, nested, tuple(changes), roots, boundaries,
+        sum((p.before * p.runs for p in plans), before),
+        sum((p.after * p.runs for p in plans), after),
         runs,
     )  # fmt: skip
 
@@ -163,7 +165,7 @@ def _boundary_cost(boundaries: Iterable[Equation], known: dict[Value, Kind]) -> 
         (value, *_) = equation.outputs
         if equation.name == "dot_general" and value is not None:
             (contracted, _), _ = equation.source.params["dimension_numbers"]
-            shape = equation.source.invars[0].aval.shape
+            shape = _aval(equation.source.invars[0]).shape
             work = 2.0 * _size(value) * float(np.prod([shape[i] for i in contracted]))
             passes = 1 + sum(known[v].trainable for v in equation.values)
             total = total + Cost(work * passes, work * passes)
@@ -175,14 +177,14 @@ def _boundary_cost(boundaries: Iterable[Equation], known: dict[Value, Kind]) -> 
 
 def _as_written(
     body: Body, known: dict[Value, Kind]
-) -> tuple[dict[Value, Expr], frozenset[Value], set[Equation]]:
+) -> tuple[dict[Value, Expr], frozenset[Value], frozenset[Equation]]:
     """The roots of a body with their expressions, which must be computed, and the boundaries.
 
     A rule that fails makes its equation a boundary whose inputs must be computed, which can
     shorten other expressions; so the pass is repeated until no new boundary turns up.
     """
     readers, operands = _count_readers(body), _operands(body)
-    boundaries: set[Equation] = set()
+    boundaries = frozenset(e for e in body.equations if not _has_rule(e))
     while True:
         demanded = _demanded(body, boundaries)
         roots, failed = _expressions(body, known, demanded, readers, operands, boundaries)
@@ -199,17 +201,17 @@ def _count_readers(body: Body) -> dict[Value, int]:
     return count
 
 
-def _demanded(body: Body, boundaries: set[Equation]) -> frozenset[Value]:
+def _demanded(body: Body, boundaries: frozenset[Equation]) -> frozenset[Value]:
     """Values that must exist as arrays: results, and what boundaries read."""
     demanded = {atom for atom in body.outputs if isinstance(atom, Value)}
     for equation in body.equations:
-        if equation in boundaries or not _has_rule(equation):
+        if equation in boundaries:
             demanded.update(equation.values)
     return frozenset(demanded)
 
 
 def _has_rule(equation: Equation) -> bool:
-    avals = [out.aval for out in equation.source.outvars]
+    avals = [_aval(out) for out in equation.source.outvars]
     floats = all(np.dtype(a.dtype).kind == "f" or a.dtype.name == "bfloat16" for a in avals)
     return floats and equation.name in RULES and not _sharded_by_hand(equation)
 
@@ -226,7 +228,7 @@ def _expressions(
     demanded: frozenset[Value],
     readers: dict[Value, int],
     operands: set[Value],
-    boundaries: set[Equation],
+    boundaries: frozenset[Equation],
 ) -> tuple[dict[Value, Expr], set[Equation]]:
     """One pass: the expression of every root over the roots and leaves before it."""
     seen: dict[Value, Expr] = {}
@@ -238,10 +240,10 @@ def _expressions(
             if atom not in seen:
                 seen[atom] = ex.of_leaf(known[atom].leaf(atom))
             return seen[atom]
-        return Expr((), (ex.Term(float(atom.val), ()),), atom.aval.dtype)
+        return Expr((), (ex.Term(float(atom.val), ()),), _aval(atom).dtype)
 
     for equation in body.equations:
-        if equation in boundaries or not _has_rule(equation):
+        if equation in boundaries:
             continue
         try:
             made = RULES[equation.name]([read(a) for a in equation.inputs], equation.source)
@@ -294,6 +296,10 @@ def _operands(body: Body) -> set[Value]:
         if views or equation.name == "dot_general":
             found.update(equation.values)
     return found
+
+
+def _aval(atom: Any) -> Any:
+    return atom.aval
 
 
 def _size(value: Value) -> int:
@@ -357,10 +363,7 @@ class _Search:
     def _improve(self, root: Value) -> bool:
         """Takes the first move among the roots that ``root`` reads; jointly before singly."""
         read = [v for v in self.recipes[root].expr.leaves if v in self.recipes]
-        for move in _moves(read, self.recipes):
-            if self._try(move):
-                return True
-        return False
+        return any(self._try(move) for move in _moves(read, self.recipes))
 
     def _try(self, move: tuple[Value, ...]) -> bool:
         """Expresses the values of ``move`` through what they are made of, in all their readers."""
@@ -438,9 +441,7 @@ def _identical(a: Sequence[Recipe], b: Sequence[Recipe]) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
-def _moves(
-    read: Sequence[Value], recipes: dict[Value, Recipe]
-) -> Iterator[tuple[Value, ...]]:
+def _moves(read: Sequence[Value], recipes: dict[Value, Recipe]) -> Iterator[tuple[Value, ...]]:
     """Values that see the same data together first (their terms may merge), then one by one."""
     alike: dict[frozenset[object], list[Value]] = {}
     for value in read:

@@ -112,7 +112,8 @@ def _same_shape(operands: Sequence[Expr]) -> tuple[Expr, Expr]:
 def _reshape(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
         raise Unrepresentable("a reshape that also transposes")
-    return ex.reshape(operands[0], eqn.outvars[0].aval.shape)
+    shape: Sequence[int] = eqn.params.get("new_sizes") or eqn.outvars[0].aval.shape  # type: ignore[attr-defined]
+    return ex.reshape(operands[0], shape)
 
 
 @register("transpose")
@@ -168,10 +169,11 @@ def _reduce_sum(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
 @register("dot_general")
 def _dot_general(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     wanted = eqn.params.get("preferred_element_type")
-    if wanted is not None and wanted != eqn.invars[0].aval.dtype:
+    if wanted is not None and wanted != operands[0].dtype:
         raise Unrepresentable("a product that accumulates in another dtype")
     contracting, batch = eqn.params["dimension_numbers"]
-    result = ex.contract(*operands, contracting, batch)
+    lhs, rhs = operands
+    result = ex.contract(lhs, rhs, contracting, batch)
     return ex.at_least(result, _precision(eqn.params.get("precision")))
 
 
@@ -181,4 +183,3 @@ def _precision(precision: Any) -> lax.Precision | None:
     if isinstance(precision, tuple) and all(isinstance(p, lax.Precision) for p in precision):
         return max(precision, key=lambda p: p.value)
     raise Unrepresentable(f"a product with the algorithm {precision}")
-

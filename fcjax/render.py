@@ -69,8 +69,11 @@ class _Printer:
     def equation(self, equation: Equation) -> list[str]:
         """A line for a root or a boundary; nothing for what only exists inside expressions."""
         made = [v for v in equation.outputs if v is not None]
-        if any(v in self.plan.bases for v in made):
-            return [f"  {self.name(v)} = {self.expr(self.plan.bases[v])}" for v in made if v in self.plan.bases]
+        roots = [v for v in made if v in self.plan.bases]
+        if roots:
+            return [f"  {self.name(v)} = {self.expr(self.plan.bases[v])}" for v in roots]
+        if equation not in self.plan.boundaries:
+            return []
         arguments = [self.atom(a) for a in equation.inputs if not _is_number(a)]
         if equation.name in QUIET and len(arguments) == 1:
             self.names[made[0]] = arguments[0]
@@ -129,8 +132,8 @@ class _Printer:
         name = f"Z{next(self.weights)}"
         products = part.weights if isinstance(part, Linear) else (part.weight,)
         terms = " + ".join(self.term(p.term) for p in products)
-        centred = ", less its column means" if isinstance(part, Linear) and part.centre_weight else ""
-        self.notes.append(f"      {name} = {terms}{centred}")
+        centred = isinstance(part, Linear) and part.centre_weight
+        self.notes.append(f"      {name} = {terms}{', less its column means' if centred else ''}")
         return name
 
 

@@ -8,12 +8,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from fcjax.expressions import Expr
 from fcjax.names import short_names
 from fcjax.plan import Change, Plan
 from fcjax.render import lines
-from fcjax.trace import Equation, Value, nested_bodies
+from fcjax.trace import Value, nested_bodies
 
 __all__ = ["Row", "rows", "text", "trained_before_final"]
+
+
+Origins = Mapping[Value, set[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,28 +69,28 @@ class _Findings:
         self.declined: dict[str, tuple[float, set[str]]] = {}
         self.linear: set[str] = set()
         self.readers: dict[str, set[str]] = {}
-        for inner, own in walk(plan, names):
+        for inner, own in walk(plan, {v: {path} for v, path in names.items()}):
             self._gather(inner, own)
 
-    def _gather(self, plan: Plan, names: Mapping[Value, str]) -> None:
+    def _gather(self, plan: Plan, names: Origins) -> None:
         for recipe in plan.recipes.values():
-            group = {names[v] for v in recipe.expr.leaves if v in names}
+            group = _paths(recipe.expr, names)
             for path in group:
                 self.collapsed.setdefault(path, set()).update(group - {path})
         for change in plan.changes:
             if not change.taken:
                 self._decline(plan, change, names)
         for expr in plan.bases.values():
-            self.linear.update(names[v] for v in expr.leaves if v in names)
+            self.linear |= _paths(expr, names)
         for equation in plan.body.equations:
             for value in equation.values:
-                if value in names:
-                    self.readers.setdefault(names[value], set()).add(equation.name)
+                for path in names.get(value, ()):
+                    self.readers.setdefault(path, set()).add(equation.name)
 
-    def _decline(self, plan: Plan, change: Change, names: Mapping[Value, str]) -> None:
+    def _decline(self, plan: Plan, change: Change, names: Origins) -> None:
         ratio = change.after.time / max(change.before.time, 1.0)
         touched = [plan.bases[v] for v in (*change.roots, *change.gone) if v in plan.bases]
-        group = {names[v] for expr in touched for v in expr.leaves if v in names}
+        group = set().union(*(_paths(expr, names) for expr in touched))
         for path in group:
             best = self.declined.get(path)
             if best is None or ratio < best[0]:
@@ -95,8 +99,8 @@ class _Findings:
     def reason(self, path: str, value: Value) -> str:
         """Why the leaf is where it is, in one sentence."""
         if path in self.collapsed:
-            others = self._listed(self.collapsed[path])
-            return f"part of one effective weight{f' with {others}' if others else ''}"
+            partners = self._listed(self.collapsed[path])
+            return f"part of one effective weight{f' with {partners}' if partners else ''}"
         if path not in self.readers:
             return "unused: the output does not depend on it"
         if path in self.declined:
@@ -115,16 +119,29 @@ class _Findings:
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def walk(plan: Plan, names: Mapping[Value, str]) -> Iterator[tuple[Plan, Mapping[Value, str]]]:
-    """The plan and those of nested bodies, with the names that parameters have in each."""
-    yield plan, names
+def walk(plan: Plan, names: Origins) -> Iterator[tuple[Plan, Origins]]:
+    """The plan and those of nested bodies, with the parameters that each value is made of.
+
+    A value computed from parameters alone, such as a normalised weight, stands for all of them.
+    """
+    origins = {v: set(paths) for v, paths in names.items()}
+    for equation in plan.body.equations:
+        joined = set().union(*(origins.get(v, set()) for v in equation.values))
+        for value in equation.outputs:
+            if value is not None and plan.known[value].of == "param":
+                origins[value] = joined
+    yield plan, origins
     for i, inner in plan.nested.items():
         equation = plan.body.equations[i]
         offset = 1 if equation.name == "cond" else 0
         for nested in inner:
             given = zip(nested.body.inputs, equation.inputs[offset:], strict=True)
-            own = {v: names[a] for v, a in given if isinstance(a, Value) and a in names}
+            own = {v: origins[a] for v, a in given if isinstance(a, Value) and a in origins}
             yield from walk(nested, own)
+
+
+def _paths(expr: Expr, names: Origins) -> set[str]:
+    return set().union(*(names.get(v, set()) for v in expr.leaves))
 
 
 # --- the final layer ----------------------------------------------------------------------------

@@ -25,6 +25,7 @@ class Value:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The size of every axis."""
         return tuple(self.aval.shape)
 
 
@@ -47,6 +48,7 @@ class Equation:
 
     @property
     def name(self) -> str:
+        """The primitive's name."""
         return self.source.primitive.name
 
     @property
@@ -136,9 +138,7 @@ class Kind:
 
     def leaf(self, value: Value) -> Leaf:
         """The value as a leaf of expressions."""
-        return Leaf(
-            value, self.of, value.shape, value.aval.dtype, self.trainable, self.invariant
-        )
+        return Leaf(value, self.of, value.shape, value.aval.dtype, self.trainable, self.invariant)
 
 
 CONSTANT = Kind("const", trainable=False)
@@ -212,7 +212,5 @@ def _scan_body(of: Sequence[Kind], params: dict[str, Any]) -> Inner:
     constants = [dataclasses.replace(kind, invariant=True) for kind in of[:num_consts]]
     trainable = any(kind.trainable for kind in of)
     carries = [Kind("data", trainable, invariant=False)] * num_carry
-    slices = [
-        dataclasses.replace(kind, invariant=False) for kind in of[num_consts + num_carry :]
-    ]
+    slices = [dataclasses.replace(kind, invariant=False) for kind in of[num_consts + num_carry :]]
     return Inner(params["jaxpr"], (*constants, *carries, *slices), params["length"])

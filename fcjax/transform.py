@@ -124,7 +124,7 @@ class FrontContribution:
         self._compiled: dict[Hashable, _Compiled] = {}
         call = _Call.of(example_args, {})
         self._example = self._compile(leaves, call)
-        check.outputs(self._example.body, self._trained)
+        check.outputs(self._example.body, self._example.plan.known)
         self.contributions: dict[str, tuple[Any, ...]] = {
             "constants": tuple(array for _, array in self._example.body.constants),
             "frozen": tuple(x for x, t in zip(leaves, self._trained, strict=True) if not t),
@@ -256,7 +256,8 @@ class FrontContribution:
 
     def _compile(self, leaves: Sequence[Any], call: "_Call") -> "_Compiled":
         avals = tuple(jax.typeof(x) for x in (*leaves, *call.arrays))
-        key = (avals, call.static, folds_always(), jax.config.jax_default_matmul_precision)
+        precision = jax.config.values["jax_default_matmul_precision"]
+        key = (avals, call.static, folds_always(), precision)
         found = self._compiled.get(key)
         if found is None:
             found = _compiled(self, leaves, call)
@@ -277,7 +278,8 @@ class FrontContribution:
 
         Example:
           >>> import jax.numpy as jnp, fcjax
-          >>> fc = fcjax.front_contribute(lambda w, x: jnp.tanh(x @ w), jnp.eye(2), jnp.ones((1, 2)))
+          >>> apply_fn = lambda w, x: jnp.tanh(x @ w)
+          >>> fc = fcjax.front_contribute(apply_fn, jnp.eye(2), jnp.ones((1, 2)))
           >>> fc.report[0].rule
           'train'
         """
@@ -309,7 +311,8 @@ class _Call:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call":
         leaves, structure = jax.tree.flatten((args, kwargs))
-        is_array = [isinstance(x, (Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)) for x in leaves]
+        arrays = (Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+        is_array = [isinstance(x, arrays) for x in leaves]
         fixed = tuple(None if a else x for x, a in zip(leaves, is_array, strict=True))
         marks = tuple(is_array)
         return cls(
@@ -364,4 +367,3 @@ def _require_folded(fc: FrontContribution) -> None:
             "Collapsing makes their step cheaper and removes none of them. Leave strict at False "
             "to train the network as it is."
         )
-
