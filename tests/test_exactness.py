@@ -177,7 +177,7 @@ IN_BFLOAT16 = [
 
 
 # Folding the transformer at any price forms the argument of each gelu twice; in bfloat16 the two
-# copies round apart. The planner does not do that, so only what it chooses is held to the tolerance.
+# copies round apart. The planner does not do that, so only its choice is held to the tolerance.
 IN_BFLOAT16_CASES = [
     (name, planner)
     for name in IN_BFLOAT16
