@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,10 +15,12 @@ from fcjax.contraction import Order
 from fcjax.expressions import Expr, Factor, Label, Window
 from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe
 
-__all__ = ["evaluate", "form"]
+__all__ = ["SQUARE", "evaluate", "form", "formed_leaves", "mean_squares", "squares_key"]
 
 Env = Mapping[Any, Array]
 Formed = dict[Hashable, "Named"]
+SQUARE = "square"
+"""Under ``(SQUARE, i)`` stands a mean square that was computed together with others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,8 @@ def evaluate(recipe: Recipe, env: Env, formed: Formed) -> Array:
     """
     expr = recipe.expr
     total: Array | None = None
-    for i, part in sorted(enumerate(recipe.parts), key=lambda numbered: _rank(numbered[1], expr)):
-        value = _laid_out(_part(part, i, expr, env, formed), expr)
+    for i, _ in sorted(enumerate(recipe.parts), key=lambda numbered: _rank(numbered[1], expr)):
+        value = _laid_out(_part(recipe, i, env, formed), expr)
         total = value if total is None else total + value
     if total is None:
         total = jnp.zeros((), expr.dtype)
@@ -75,10 +77,8 @@ def form(recipe: Recipe, env: Env) -> Formed:
     for i, part in enumerate(recipe.parts):
         if isinstance(part, Product):
             _form_product(part, (i,), recipe.expr, env, formed)
-        else:
-            weights = part.weights if isinstance(part, Linear) else (part.weight,)
-            if all(_invariant(f) for w in weights for f in w.term.factors):
-                formed[i] = _weight(part, env, recipe.expr)
+        elif all(_invariant(f) for p in _products(part) for f in p.term.factors):
+            formed[i] = _weight(part, env, recipe.expr)
     return formed
 
 
@@ -127,13 +127,13 @@ def _form_product(
 # --- the three kinds of part --------------------------------------------------------------------
 
 
-def _part(part: Part, i: int, expr: Expr, env: Env, formed: Formed) -> Named:
+def _part(recipe: Recipe, i: int, env: Env, formed: Formed) -> Named:
+    part, expr = recipe.parts[i], recipe.expr
     if isinstance(part, Product):
         return _product(part, (i,), _kept(part, expr), expr, env, formed)
-    weight = formed[i] if i in formed else _weight(part, env, expr)
     if isinstance(part, MeanSquare):
-        return _mean_square(part, weight, env)
-    return _linear(part, weight, expr, env)
+        return formed[SQUARE, i] if (SQUARE, i) in formed else mean_squares([(recipe, i)], env)[0]
+    return _linear(part, formed[i] if i in formed else _weight(part, env, expr), expr, env)
 
 
 def _kept(part: Product, expr: Expr) -> frozenset[Label]:
@@ -232,16 +232,45 @@ def _rows_product(rows: Named, weight: Named, part: Linear, expr: Expr, env: Env
     return Named(out, (*tokens, *columns), True)
 
 
-def _mean_square(part: MeanSquare, weight: Named, env: Env) -> Named:
-    raw = dataclasses.replace(part.rows, centred=frozenset())
-    rows = _realised(raw, env)
-    summed = tuple(x for x in rows.labels if x in part.rows.centred)
-    columns = tuple(x for x in part.weight_labels if x not in part.contracted)
-    width = math.prod(x.size for x in part.contracted)
-    x = _ordered(rows, (*summed, *part.contracted)).reshape(-1, width)
-    z = _ordered(weight, (*part.contracted, *columns)).astype(x.dtype).reshape(width, -1)
-    out = part.scale * numerics.centred_square_sum(x, z)
-    return Named(out.reshape([label.size for label in columns]), columns, True)
+def squares_key(part: MeanSquare) -> Hashable:
+    """Equal for mean squares of products of the same rows, which share the moments of the rows."""
+    rows = part.rows
+    labels = itertools.chain(*rows.axes)
+    roles = tuple((x.size, x in rows.centred, x in part.contracted) for x in labels)
+    return rows.leaf.var, rows.slices, roles
+
+
+def mean_squares(which: Sequence[tuple[Recipe, int]], env: Env) -> list[Named]:
+    """Several mean squares of products of the same rows, through one set of moments.
+
+    Args:
+      which: recipes and the numbers of their parts; all parts of one ``squares_key``.
+      env: the arrays of their leaves.
+    """
+    parts = [_square_part(recipe, i) for recipe, i in which]
+    first = parts[0]
+    rows = _realised(dataclasses.replace(first.rows, centred=frozenset()), env)
+    summed = tuple(x for x in rows.labels if x in first.rows.centred)
+    width = math.prod(x.size for x in first.contracted)
+    x = _ordered(rows, (*summed, *first.contracted)).reshape(-1, width)
+    columns = [tuple(k for k in p.weight_labels if k not in p.contracted) for p in parts]
+    weights = [
+        _ordered(_weight(part, env, recipe.expr), (*part.contracted, *own))
+        for part, own, (recipe, _) in zip(parts, columns, which, strict=True)
+    ]
+    z = [weight.astype(x.dtype).reshape(width, -1) for weight in weights]
+    ends = list(itertools.accumulate(w.shape[1] for w in z))
+    found = jnp.split(numerics.centred_square_sum(x, jnp.concatenate(z, axis=1)), ends[:-1])
+    return [
+        Named(part.scale * square.reshape([label.size for label in own]), own, True)
+        for part, square, own in zip(parts, found, columns, strict=True)
+    ]
+
+
+def _square_part(recipe: Recipe, i: int) -> MeanSquare:
+    part = recipe.parts[i]
+    assert isinstance(part, MeanSquare)
+    return part
 
 
 # --- arrays with labels -------------------------------------------------------------------------

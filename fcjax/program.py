@@ -9,8 +9,16 @@ import jax
 from jax import Array, lax
 
 from fcjax import compat
-from fcjax.evaluate import Formed, evaluate, form, formed_leaves
-from fcjax.parts import Recipe
+from fcjax.evaluate import (
+    SQUARE,
+    Formed,
+    evaluate,
+    form,
+    formed_leaves,
+    mean_squares,
+    squares_key,
+)
+from fcjax.parts import MeanSquare, Recipe
 from fcjax.plan import Plan
 from fcjax.trace import Equation, Value
 
@@ -45,6 +53,7 @@ class Program:
         self.plan = plan
         outputs = [a for a in plan.body.outputs if isinstance(a, Value)]
         self.steps = self._steps(outputs, effects=True)
+        self.squares = self._squares()
 
     def __call__(
         self, inputs: Sequence[Any], constants: Sequence[Any], formed: dict[Value, Formed]
@@ -85,6 +94,30 @@ class Program:
                 needed.update(equation.values)
         return tuple(reversed(steps))
 
+    def _squares(self) -> dict[Value, list[tuple[Value, int]]]:
+        """Mean squares of the same rows, under the segment that comes first: one set of moments.
+
+        Only those whose weights are made of inputs of the body, which exist from the start.
+        """
+        present = {*self.plan.body.inputs, *(v for v, _ in self.plan.body.constants)}
+        groups: dict[Any, list[tuple[Value, int]]] = {}
+        for step in (s for s in self.steps if isinstance(s, Segment)):
+            for i, part in enumerate(step.recipe.parts):
+                if isinstance(part, MeanSquare) and present.issuperset(
+                    f.leaf.var for f in part.weight.term.factors
+                ):
+                    groups.setdefault(squares_key(part), []).append((step.value, i))
+        return {group[0][0]: group for group in groups.values() if len(group) > 1}
+
+    def _with_squares(
+        self, value: Value, env: Env, formed: dict[Value, Formed]
+    ) -> dict[Value, Formed]:
+        group = self.squares.get(value, [])
+        found = mean_squares([(self.plan.recipes[v], i) for v, i in group], env) if group else []
+        for (v, i), square in zip(group, found, strict=True):
+            formed = {**formed, v: {**formed.get(v, {}), (SQUARE, i): square}}
+        return formed
+
     def _step(self, i: int, equation: Equation) -> Step:
         plans = self.plan.nested.get(i, ())
         if all(p.is_trivial for p in plans):
@@ -102,6 +135,7 @@ class Program:
         env |= {v: c for (v, _), c in zip(self.plan.body.constants, constants, strict=True)}
         for step in steps:
             if isinstance(step, Segment):
+                formed = self._with_squares(step.value, env, formed)
                 env[step.value] = evaluate(step.recipe, env, formed.get(step.value, {}))
                 continue
             equation = step.equation if isinstance(step, Nested) else step

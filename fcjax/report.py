@@ -56,7 +56,7 @@ def _row(path: str, aval: Any, value: Value, found: "_Findings") -> Row:
     if not jnp.issubdtype(aval.dtype, jnp.inexact):
         reason = f"not trained: its dtype is {aval.dtype.name}; kept in fc.contributions"
         return Row(path, shape, None, "train", "any optimizer", reason)
-    rule = "collapse" if path in found.collapsed else "train"
+    rule = "collapse" if path in found.collapsed or path in found.cancelled else "train"
     return Row(path, shape, shape, rule, "any optimizer", found.reason(path, value))
 
 
@@ -68,6 +68,7 @@ class _Findings:
         self.collapsed: dict[str, set[str]] = {}
         self.declined: dict[str, tuple[float, set[str]]] = {}
         self.linear: set[str] = set()
+        self.cancelled: set[str] = set()
         self.readers: dict[str, set[str]] = {}
         for inner, own in walk(plan, {v: {path} for v, path in names.items()}):
             self._gather(inner, own)
@@ -80,6 +81,9 @@ class _Findings:
         for change in plan.changes:
             if not change.taken:
                 self._decline(plan, change, names)
+            else:
+                for value in (*change.roots, *change.gone):
+                    self.cancelled |= _paths(plan.bases[value], names)
         for expr in plan.bases.values():
             self.linear |= _paths(expr, names)
         for equation in plan.body.equations:
@@ -101,6 +105,8 @@ class _Findings:
         if path in self.collapsed:
             partners = self._listed(self.collapsed[path])
             return f"part of one effective weight{f' with {partners}' if partners else ''}"
+        if path in self.cancelled:
+            return "removed by the mean that is subtracted behind it: its true gradient is zero"
         if path not in self.readers:
             return "unused: the output does not depend on it"
         if path in self.declined:
@@ -111,7 +117,7 @@ class _Findings:
                 f"{ratio:.2f} times the layers as written at these shapes"
             )
         if path in self.linear:
-            return "a layer between two non-linear operations: nothing linear to merge it with"
+            return "linear between two non-linear operations, with nothing to merge it with"
         return f"read by {', '.join(sorted(self.readers[path]))}, which is not linear in it"
 
     def _listed(self, group: set[str]) -> str:
