@@ -66,7 +66,7 @@ def params(tree: Any) -> None:
         raise FrontContributionError("params has no floating-point leaf: there is nothing to train")
     for path, leaf in leaves:
         known = not isinstance(leaf, jax.core.Tracer) and jnp.issubdtype(leaf.dtype, jnp.inexact)
-        if known and bool(jnp.isnan(leaf).any()):
+        if known and bool(np.isnan(np.asarray(leaf)).any()):
             raise FrontContributionError(
                 f"params leaf {path_name(path)} has NaN entries; check its initialisation"
             )

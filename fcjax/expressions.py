@@ -13,6 +13,7 @@ algebra; what cannot be represented raises :class:`Unrepresentable` and becomes 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import Counter
@@ -118,7 +119,7 @@ class Factor:
     slices: tuple[tuple[int, int, int] | None, ...]
     centred: frozenset[Label] = frozenset()
 
-    @property
+    @functools.cached_property
     def labels(self) -> frozenset[Label]:
         """The labels of all its axes."""
         return frozenset(itertools.chain.from_iterable(self.axes))
@@ -130,6 +131,8 @@ class Factor:
 
     def rename(self, renaming: Renaming) -> Factor:
         """Replaces labels by the labels they are split into."""
+        if self.labels.isdisjoint(renaming):
+            return self
         axes = _rename_dims(self.axes, renaming)
         centred = frozenset(p for label in self.centred for p in renaming.get(label, (label,)))
         return dataclasses.replace(self, axes=axes, centred=centred)
@@ -149,7 +152,7 @@ class Window:
     dilation: int = 1
     offset: int = 0
 
-    @property
+    @functools.cached_property
     def labels(self) -> frozenset[Label]:
         """The labels it relates."""
         return frozenset({self.outer, self.inner} | ({self.tap} if self.tap else set()))
@@ -175,7 +178,7 @@ class Term:
     factors: tuple[Factor, ...]
     windows: tuple[Window, ...] = ()
 
-    @property
+    @functools.cached_property
     def labels(self) -> frozenset[Label]:
         """The labels of all its factors and windows."""
         seen = [f.labels for f in self.factors] + [w.labels for w in self.windows]
@@ -188,7 +191,7 @@ class Term:
 
     def rename(self, renaming: Renaming) -> Term:
         """Replaces labels by the labels they are split into."""
-        if not renaming:
+        if self.labels.isdisjoint(renaming):
             return self
         return Term(
             self.scale,
@@ -218,17 +221,22 @@ class Expr:
         """The size of every axis."""
         return tuple(math.prod(label.size for label in axis) for axis in self.dims)
 
-    @property
+    @functools.cached_property
     def free(self) -> frozenset[Label]:
         """The labels that are not summed."""
         return frozenset(itertools.chain.from_iterable(self.dims))
 
-    @property
+    @functools.cached_property
+    def labels(self) -> frozenset[Label]:
+        """All its labels, free or summed."""
+        return self.free.union(*(term.labels for term in self.terms))
+
+    @functools.cached_property
     def leaves(self) -> dict[Any, Leaf]:
         """The arrays it is made of, by what identifies them."""
         return {f.leaf.var: f.leaf for term in self.terms for f in term.factors}
 
-    @property
+    @functools.cached_property
     def has_data(self) -> bool:
         """Whether it depends on data."""
         return any(f.is_data for term in self.terms for f in term.factors)
@@ -256,9 +264,13 @@ def fresh_dims(shape: Sequence[int]) -> Dims:
 
 
 def refreshed(expr: Expr) -> Expr:
-    """The same expression with new labels throughout, to be combined with a copy of itself."""
-    labels = expr.free.union(*(term.labels for term in expr.terms))
-    return expr.rename({label: (Label(label.size),) for label in labels})
+    """The same expression with new labels throughout."""
+    return expr.rename({label: (Label(label.size),) for label in expr.labels})
+
+
+def apart(expr: Expr, other: Expr) -> Expr:
+    """``expr``, with new labels if it shares any with ``other``."""
+    return expr if expr.labels.isdisjoint(other.labels) else refreshed(expr)
 
 
 # --- sums and scalings --------------------------------------------------------------------------
@@ -272,7 +284,7 @@ def scale(expr: Expr, by: float) -> Expr:
 
 def add(a: Expr, b: Expr) -> Expr:
     """``a + b`` for equal shapes; like terms are added up and deviations from a mean found."""
-    a, b = _aligned(a, refreshed(b))
+    a, b = _aligned(a, apart(b, a))
     return recentre(_with_terms(a, a.terms + b.terms, b))
 
 
@@ -576,7 +588,7 @@ def _sum_term(term: Term, gone: Sequence[Label], free: frozenset[Label]) -> list
 
 def multiply(a: Expr, b: Expr) -> Expr:
     """The elementwise product of equal shapes."""
-    a, b = _aligned(a, refreshed(b))
+    a, b = _aligned(a, apart(b, a))
     return _product(a, b, a.dims, squared=_same(a, b))
 
 
@@ -587,7 +599,7 @@ def contract(
     batch: tuple[Sequence[int], Sequence[int]],
 ) -> Expr:
     """``lax.dot_general``: axes of the result are batch, free axes of ``a``, free axes of ``b``."""
-    b = refreshed(b)
+    b = apart(b, a)
     a, b = _aligned_axes(a, b, (*contracting[0], *batch[0]), (*contracting[1], *batch[1]))
     free_a = [d for i, d in enumerate(a.dims) if i not in (*contracting[0], *batch[0])]
     free_b = [d for i, d in enumerate(b.dims) if i not in (*contracting[1], *batch[1])]

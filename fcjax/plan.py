@@ -13,7 +13,7 @@ import contextvars
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any, Literal
 
 import numpy as np
@@ -132,8 +132,8 @@ def plan(
       runs: how often the body runs in one training step.
     """
     known = trace.kinds(body, inputs)
-    roots, hard, boundaries = _as_written(body, known)
-    search = _Search(roots, hard, objective, runs)
+    written = _AsWritten(body, known)
+    search = _Search(written.roots, written.hard, objective, runs)
     search.run()
     nested = {}
     for i, equation in enumerate(body.equations):
@@ -146,12 +146,13 @@ def plan(
     taken = {root for change in changes if change.taken for root in change.roots}
     recipes = {root: search.recipes[root] for root in taken}
     plans = list(itertools.chain.from_iterable(nested.values()))
-    fixed = _boundary_cost(boundaries, known)
+    fixed = _boundary_cost(written.boundaries, known)
     before = sum((how.cost for how in search.base.values()), fixed)
     saved = [(c.before, c.after) for c in changes if c.taken]
     after = before + sum((b * -1.0 + a for b, a in saved), Cost())
     return Plan(
-        body, known, recipes, nested, tuple(changes), roots, boundaries,
+        body, known, recipes, nested, tuple(changes), written.roots,
+        frozenset(written.boundaries),
         sum((p.before * p.runs for p in plans), before),
         sum((p.after * p.runs for p in plans), after),
         runs,
@@ -175,22 +176,59 @@ def _boundary_cost(boundaries: Iterable[Equation], known: dict[Value, Kind]) -> 
 # --- the network as written ---------------------------------------------------------------------
 
 
-def _as_written(
-    body: Body, known: dict[Value, Kind]
-) -> tuple[dict[Value, Expr], frozenset[Value], frozenset[Equation]]:
-    """The roots of a body with their expressions, which must be computed, and the boundaries.
+class _AsWritten:
+    """The network as written: which values are computed, and from what.
 
-    A rule that fails makes its equation a boundary whose inputs must be computed, which can
-    shorten other expressions; so the pass is repeated until no new boundary turns up.
+    Attributes:
+      roots: the values that are computed, with their expressions over roots and leaves.
+      hard: the values that must exist as arrays: results, and what boundaries read.
+      boundaries: the equations that are no sums of einsum terms.
     """
-    readers, operands = _count_readers(body), _operands(body)
-    boundaries = frozenset(e for e in body.equations if not _has_rule(e))
-    while True:
-        demanded = _demanded(body, boundaries)
-        roots, failed = _expressions(body, known, demanded, readers, operands, boundaries)
-        if not failed:
-            return roots, demanded, boundaries
-        boundaries |= failed
+
+    def __init__(self, body: Body, known: dict[Value, Kind]) -> None:
+        self.known = known
+        self.readers, self.operands = _count_readers(body), _operands(body)
+        self.seen: dict[Value, Expr] = {}
+        self.roots: dict[Value, Expr] = {}
+        self.boundaries = {e for e in body.equations if not _has_rule(e)}
+        self.hard = {atom for atom in body.outputs if isinstance(atom, Value)}
+        self.hard.update(v for e in self.boundaries for v in e.values)
+        for equation in body.equations:
+            if equation not in self.boundaries:
+                self._read(equation)
+        position = {v: i for i, e in enumerate(body.equations) for v in e.outputs}
+        self.roots = dict(sorted(self.roots.items(), key=lambda item: position[item[0]]))
+
+    def _read(self, equation: Equation) -> None:
+        """Applies the equation's rule; if it fails the equation is a boundary too."""
+        operands = [self._operand(atom) for atom in equation.inputs]
+        try:
+            made = RULES[equation.name](operands, equation.source)
+        except Unrepresentable:
+            self.boundaries.add(equation)
+            self.hard.update(equation.values)
+            for value in equation.values:
+                self._compute(value)
+            return
+        for made_value, expr in zip(equation.outputs, _listed(made), strict=True):
+            if made_value is None:
+                continue
+            self.seen[made_value] = expr
+            if made_value in self.hard or _is_cut(made_value, expr, self.readers, self.operands):
+                self._compute(made_value)
+
+    def _operand(self, atom: Value | Number) -> Expr:
+        if not isinstance(atom, Value):
+            return Expr((), (ex.Term(float(atom.val), ()),), _aval(atom).dtype)
+        if atom not in self.seen:
+            self.seen[atom] = ex.of_leaf(self.known[atom].leaf(atom))
+        return self.seen[atom]
+
+    def _compute(self, value: Value) -> None:
+        """Makes a value a root, which later equations read as a leaf."""
+        expr = self.seen.pop(value, None)
+        if expr is not None and value not in expr.leaves:
+            self.roots[value] = expr
 
 
 def _count_readers(body: Body) -> dict[Value, int]:
@@ -199,15 +237,6 @@ def _count_readers(body: Body) -> dict[Value, int]:
         for value in set(equation.values):
             count[value] = count.get(value, 0) + 1
     return count
-
-
-def _demanded(body: Body, boundaries: frozenset[Equation]) -> frozenset[Value]:
-    """Values that must exist as arrays: results, and what boundaries read."""
-    demanded = {atom for atom in body.outputs if isinstance(atom, Value)}
-    for equation in body.equations:
-        if equation in boundaries:
-            demanded.update(equation.values)
-    return frozenset(demanded)
 
 
 def _has_rule(equation: Equation) -> bool:
@@ -220,44 +249,6 @@ def _sharded_by_hand(equation: Equation) -> bool:
     """Whether the equation says how its result is laid out over devices."""
     params = equation.source.params
     return any(params.get(key) is not None for key in ("out_sharding", "sharding"))
-
-
-def _expressions(
-    body: Body,
-    known: dict[Value, Kind],
-    demanded: frozenset[Value],
-    readers: dict[Value, int],
-    operands: set[Value],
-    boundaries: frozenset[Equation],
-) -> tuple[dict[Value, Expr], set[Equation]]:
-    """One pass: the expression of every root over the roots and leaves before it."""
-    seen: dict[Value, Expr] = {}
-    roots: dict[Value, Expr] = {}
-    failed: set[Equation] = set()
-
-    def read(atom: Value | Number) -> Expr:
-        if isinstance(atom, Value):
-            if atom not in seen:
-                seen[atom] = ex.of_leaf(known[atom].leaf(atom))
-            return seen[atom]
-        return Expr((), (ex.Term(float(atom.val), ()),), _aval(atom).dtype)
-
-    for equation in body.equations:
-        if equation in boundaries:
-            continue
-        try:
-            made = RULES[equation.name]([read(a) for a in equation.inputs], equation.source)
-        except Unrepresentable:
-            failed.add(equation)
-            continue
-        for value, expr in zip(equation.outputs, _listed(made), strict=True):
-            if value is None:
-                continue
-            if value in demanded or _is_cut(value, expr, readers, operands):
-                roots[value] = expr
-            else:
-                seen[value] = expr
-    return roots, failed
 
 
 def _listed(made: Expr | list[Expr]) -> list[Expr]:
@@ -320,7 +311,7 @@ class _Search:
     def __init__(
         self,
         roots: dict[Value, Expr],
-        hard: frozenset[Value],
+        hard: Set[Value],
         objective: Literal["time", "memory"],
         runs: int,
     ) -> None:
