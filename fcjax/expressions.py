@@ -547,18 +547,21 @@ def concatenate(parts: Sequence[Expr], axis: int) -> Expr:
 
 
 def _resolve_windows(term: Term, free: frozenset[Label]) -> Term:
-    """Removes windows whose outer label is bound: their other factors are read at the offset."""
+    """Reads what a window's outer label also stands on at the window's offset.
+
+    A window stays only where its outer label is an axis of the value, which is zero outside.
+    """
     for window in term.windows:
-        if window.outer in free:
+        elsewhere = any(window.outer in f.labels for f in term.factors)
+        if window.outer in free and not elsewhere:
             continue
-        if window.tap is not None or any(
-            window.outer in other.labels for other in term.windows if other is not window
-        ):
+        others = tuple(w for w in term.windows if w is not window)
+        if window.tap is not None or any(window.outer in other.labels for other in others):
             raise Unrepresentable("a product of two windows")
-        rest = tuple(w for w in term.windows if w is not window)
         view = (window.offset, window.offset + window.inner.size, 1)
         factors = tuple(_slice_factor(f, window.outer, (window.inner,), view) for f in term.factors)
-        return _resolve_windows(Term(term.scale, factors, rest), free)
+        windows = term.windows if window.outer in free else others
+        return _resolve_windows(Term(term.scale, factors, windows), free)
     return term
 
 
