@@ -560,8 +560,12 @@ def _resolve_windows(term: Term, free: frozenset[Label]) -> Term:
             raise Unrepresentable("a product of two windows")
         view = (window.offset, window.offset + window.inner.size, 1)
         factors = tuple(_slice_factor(f, window.outer, (window.inner,), view) for f in term.factors)
-        windows = term.windows if window.outer in free else others
-        return _resolve_windows(Term(term.scale, factors, windows), free)
+        if window.outer in free:
+            return _resolve_windows(Term(term.scale, factors, term.windows), free)
+        rest = Term(term.scale, factors, others)
+        if window.inner not in rest.labels | free:  # constant along the window
+            rest = dataclasses.replace(rest, scale=rest.scale * window.inner.size)
+        return _resolve_windows(rest, free)
     return term
 
 

@@ -79,8 +79,8 @@ def compare_steps(
 ) -> Timings:
     """Times functions in turns, so that a drift of the machine's load meets all of them.
 
-    Every function runs once untimed, which compiles it. Each round then runs all of them, starting
-    one place further on than the round before, and waits for the results of each.
+    Every function runs once untimed, which compiles it. Each round then runs all of them, in an
+    order drawn anew, and waits for the results of each.
 
     Args:
       fns: the functions by name, compiled already or with `jax.jit`; the first is the baseline. A
@@ -111,9 +111,10 @@ def compare_steps(
     for _, fn in lanes:
         jax.block_until_ready(fn(*args))
     seconds: dict[str, list[float]] = {name: [] for name, _ in lanes}
-    for round_ in range(repeats):
-        start = round_ % len(lanes)
-        for name, fn in lanes[start:] + lanes[:start]:
+    turns = np.random.default_rng(0)  # whoever follows a large step finds cold caches
+    for _ in range(repeats):
+        for i in turns.permutation(len(lanes)):
+            name, fn = lanes[i]
             seconds[name].append(_timed(fn, args))
     return Timings({name: np.array(times) for name, times in seconds.items()}, next(iter(fns)))
 

@@ -90,7 +90,7 @@ def test_squares_of_sums_and_sums_of_squares_are_not_merged():
     close(both, (known**2).sum(1) + known.sum(1) ** 2)
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_keys_ignore_order_of_factors_and_names_of_bound_labels(order):
     free = Label(3)
 
