@@ -14,6 +14,8 @@ from fcjax.trace import Body, Kind, Value
 
 __all__ = ["inferred_arguments", "options", "outputs", "params", "shapes", "structure", "tracing"]
 
+INFERRED_BATCH = 1024
+"""The batch an inferred input has; the plan for the report is made for it."""
 EXACTNESS = ("discrete", "flow", "approximate")
 OBJECTIVES = ("time", "memory")
 
@@ -155,12 +157,13 @@ def inferred_arguments(
     Raises:
       FrontContributionError: if none or several can.
     """
-    kernels = [x for x in jax.tree.leaves(params) if len(x.shape) == 2]
+    leaves = [x for x in jax.tree.leaves(params) if len(x.shape) == 2]
+    kernels = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    dtypes = [kernel.dtype for kernel in kernels]
     widths = sorted({size for kernel in kernels for size in kernel.shape})
     fitting = []
     for width in widths:
-        dtypes = [k.dtype for k in kernels if jnp.issubdtype(k.dtype, jnp.inexact)]
-        candidate = jax.ShapeDtypeStruct((2, width), dtypes[0] if dtypes else jnp.float32)
+        candidate = jax.ShapeDtypeStruct((INFERRED_BATCH, width), dtypes[0])
         with contextlib.suppress(Exception):  # any failure means that this width does not fit
             jax.eval_shape(apply_fn, params, candidate)
             fitting.append(candidate)

@@ -192,7 +192,8 @@ def text(plan: Plan, paths: Sequence[str], avals: Sequence[Any]) -> str:
         f"fcjax: {len(taken)} of {len(listed)} leaves collapsed into effective weights; "
         f"{weights:,} weights trained, as before",
         f"step FLOPs {_rounded(plan.before.flops)} as written, "
-        f"{_rounded(plan.after.flops)} folded; exact for any optimizer",
+        f"{_rounded(plan.after.flops)} folded, for inputs {_inputs(plan, len(paths))}; "
+        "exact for any optimizer",
     ]
     body = lines(plan, {v: names[p] for v, p in zip(plan.body.inputs, paths, strict=False)})
     left = [row for row in listed if row.rule == "train"]
@@ -206,6 +207,12 @@ def text(plan: Plan, paths: Sequence[str], avals: Sequence[Any]) -> str:
 
 
 MOST_LEAVES = 40
+
+
+def _inputs(plan: Plan, params: int) -> str:
+    return (
+        ", ".join(v.aval.str_short(short_dtypes=True) for v in plan.body.inputs[params:]) or "none"
+    )
 
 
 def _rounded(number: float) -> str:
