@@ -53,8 +53,8 @@ def front_contribute(
       apply_fn: a pure function ``apply_fn(params, *args, **kwargs)`` that returns any pytree.
       params: any pytree of arrays. Integer leaves are kept and not trained.
       *example_args: arrays or ``jax.ShapeDtypeStruct`` to trace with. With none, the input of a
-        dense network with one input is inferred from its kernels, if only one width fits; the report
-        is then for a batch of 1024. Calls are planned for their own shapes in any case.
+        dense network with one input is inferred from its kernels, if only one width fits; the
+        report is then for a batch of 1024. Calls are planned for their own shapes in any case.
       optimizer: the optax transformation that will train. Collapsing is exact for any optimizer.
       exactness: ``"discrete"`` equals backpropagation step by step; ``"flow"`` and
         ``"approximate"`` allow further rules, none of which exists yet.
