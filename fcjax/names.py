@@ -30,8 +30,8 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
     """
     pieces = {p: p.split("/") for p in paths}
     while len(paths) > 1 and len({tuple(q[:1]) for q in pieces.values()}) == 1:
-        if any(len(q) == 1 for q in pieces.values()):
-            break
+        if any(len(q) <= 2 for q in pieces.values()):
+            break  # a layer and its leaf stay
         pieces = {p: q[1:] for p, q in pieces.items()}
     short = {}
     for path, parts in pieces.items():

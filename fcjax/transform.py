@@ -182,8 +182,8 @@ class FrontContribution:
           >>> table = jnp.arange(3.0)
           >>> fc = fcjax.front_contribute(lambda w, x: x @ w + table, jnp.eye(3), jnp.ones((1, 3)))
           >>> doubled = {**fc.contributions, "constants": (2 * table,)}
-          >>> fc.apply_with(fc.params, doubled, jnp.zeros((1, 3)))
-          Array([[0., 2., 4.]], dtype=float32)
+          >>> fc.apply_with(fc.params, doubled, jnp.zeros((1, 3))).tolist()
+          [[0.0, 2.0, 4.0]]
         """
         leaves = self._full_leaves(params, contributions["frozen"])
         call = _Call.of(args, kwargs)
@@ -213,8 +213,8 @@ class FrontContribution:
           >>> import jax.numpy as jnp, fcjax
           >>> params = {"count": jnp.array(3), "w": jnp.eye(2)}
           >>> fc = fcjax.front_contribute(lambda p, x: x @ p["w"], params, jnp.ones((1, 2)))
-          >>> fc.params["count"] is None, fc.expand(fc.params)["count"]
-          (True, Array(3, dtype=int32))
+          >>> fc.params["count"] is None, int(fc.expand(fc.params)["count"])
+          (True, 3)
         """
         leaves = self._full_leaves(params, self.contributions["frozen"])
         return jax.tree.unflatten(self._structure, leaves)
