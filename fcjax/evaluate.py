@@ -307,7 +307,9 @@ def _pair(a: Named, b: Named, keep: frozenset[Label], expr: Expr) -> Named:
     a = _summed(a, keep | frozenset(b.labels))
     b = _summed(b, keep | frozenset(a.labels))
     data = a.data or b.data
-    dtype = np.dtype(expr.dtype) if data else jnp.promote_types(a.array.dtype, b.array.dtype)
+    dtype = np.dtype(expr.dtype)
+    if not data:  # weights keep the wider of the dtypes they are stored and used in
+        dtype = jnp.promote_types(dtype, jnp.promote_types(a.array.dtype, b.array.dtype))
     x, y = a.array.astype(dtype), b.array.astype(dtype)
     shared = [label for label in a.labels if label in b.labels]
     contracted = [label for label in shared if label not in keep]

@@ -16,7 +16,7 @@ from fcjax.evaluate import evaluate
 from fcjax.expressions import Expr, Factor, Label, Leaf, Term, Unrepresentable, term_key
 from fcjax.parts import recipe
 
-moderate = settings(max_examples=15, deadline=None, derandomize=True)
+moderate = settings(max_examples=10, deadline=None, derandomize=True)
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
 numbers = st.sampled_from((-2.0, -0.5, 1.0, 3.0))
 
@@ -25,7 +25,7 @@ def leaf(name, shape, kind="data"):
     return Leaf(name, kind, tuple(shape), np.dtype(float), trainable=kind == "param")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def array(name, shape):
     seed = sum(map(ord, name)) + 1000 * len(shape)
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
@@ -69,7 +69,9 @@ def axes_of(shape):
 def pair(first, second):
     """Two factors of one leaf ``x`` on these labels."""
     known = leaf("x", (first[0].size, first[1].size))
-    return [Factor(known, tuple((label,) for label in axes), (None, None)) for axes in (first, second)]
+    return [
+        Factor(known, tuple((label,) for label in axes), (None, None)) for axes in (first, second)
+    ]
 
 
 def test_diagonal_and_outer_squares_are_told_apart():
@@ -107,7 +109,9 @@ def test_keys_tell_chains_from_cycles():
     def term(links):
         labels = [Label(3) for _ in range(4)]
         w = leaf("w", (3, 3), "param")
-        return Term(1.0, tuple(Factor(w, ((labels[i],), (labels[j],)), (None, None)) for i, j in links))
+        return Term(
+            1.0, tuple(Factor(w, ((labels[i],), (labels[j],)), (None, None)) for i, j in links)
+        )
 
     keys = {
         term_key(term(links), frozenset())

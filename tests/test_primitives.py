@@ -308,7 +308,9 @@ def any_concatenate(drawing, i):
             for j, s in enumerate(drawing.shapes)
             if len(s) == rank and all(s[k] == drawing.shapes[i][k] for k in others)
         ]
-        drawing.apply("concatenate", (i, *drawing.rng.choices(fitting, k=drawing.rng.randint(1, 2))), axis)
+        drawing.apply(
+            "concatenate", (i, *drawing.rng.choices(fitting, k=drawing.rng.randint(1, 2))), axis
+        )
 
 
 def nothing(drawing, shape):
@@ -391,7 +393,7 @@ UNARY = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def random_program(seed):
     drawing = Drawing(seed)
     drawing.fresh(drawing.shape())
@@ -405,7 +407,7 @@ def weighed(outputs):
     return sum(jnp.sum(jnp.sin(jnp.arange(o.size) + 1.0).reshape(o.shape) * o) for o in outputs)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(45))
 def test_recipes_of_random_programs(seed):
     program = random_program(seed)
     assert_recipes_agree(program, *program.inputs())
@@ -435,14 +437,14 @@ def assert_gradients_agree(program):
     return fc.plan
 
 
-@pytest.mark.parametrize("seed", range(1000, 1030))
+@pytest.mark.parametrize("seed", range(1000, 1020))
 def test_value_and_gradient_of_random_programs(seed):
     assert_gradients_agree(random_program(seed))
 
 
 # --- single rules -------------------------------------------------------------------------------
 
-few = settings(max_examples=6, deadline=None, derandomize=True)
+few = settings(max_examples=5, deadline=None, derandomize=True)
 sizes = st.integers(1, 4)
 
 
@@ -543,7 +545,9 @@ def test_slices_of_slices():
 @pytest.mark.parametrize(("axis", "cuts"), [(0, (1, 2)), (1, (1, 3)), (1, (2, 2)), (1, (4,))])
 def test_split(axis, cuts):
     def fn(params, data):
-        return [part @ params[1][: part.shape[1]] for part in lax.split(data[0] @ params[0], cuts, axis)]
+        return [
+            part @ params[1][: part.shape[1]] for part in lax.split(data[0] @ params[0], cuts, axis)
+        ]
 
     assert_recipes_agree(fn, arrays((5, 4), (4, 2)), arrays((3, 5)))
 
@@ -641,17 +645,19 @@ def test_square(squared, axes):
     assert_recipes_agree(lambda ps, xs: squared(xs[0] @ ps[0] + ps[1]).sum(axes), [p, b], [x])
 
 
-WIDENING = [((3, 4), (1, 4)), ((3, 4), (3, 1)), ((3, 1), (1, 4)), ((2, 1, 3), (1, 4, 1)), ((1,), (1,))]
+WIDENING = [
+    ((3, 4), (1, 4)),
+    ((3, 4), (3, 1)),
+    ((3, 1), (1, 4)),
+    ((2, 1, 3), (1, 4, 1)),
+    ((1,), (1,)),
+]
 
 
 @pytest.mark.parametrize(("a", "b"), WIDENING)
-@pytest.mark.parametrize("operation", [lax.add, lax.sub, lax.mul])
+@pytest.mark.parametrize("operation", [lax.add, lax.sub, lax.mul, jnp.add, jnp.multiply])
 def test_implicit_repetition(operation, a, b):
     """Axes of size 1 are repeated by the primitives themselves, either side."""
-    try:
-        jax.eval_shape(operation, jnp.ones(a), jnp.ones(b))
-    except TypeError:
-        operation = {lax.add: jnp.add, lax.sub: jnp.subtract, lax.mul: jnp.multiply}[operation]
     for first, second in ((a, b), (b, a)):
         p, x = arrays(first, second)
         assert_recipes_agree(lambda ps, xs: operation(ps[0], xs[0]), [p], [x])
@@ -679,7 +685,9 @@ def test_dot_general(a, b, contracting, batch):
     flipped = (contracting[::-1], batch[::-1])
 
     def data_first(params, data):
-        return before_a_product(lax.dot_general(data[0], params[0], (contracting, batch)), params[1])
+        return before_a_product(
+            lax.dot_general(data[0], params[0], (contracting, batch)), params[1]
+        )
 
     def data_second(params, data):
         return before_a_product(lax.dot_general(params[0], data[0], flipped), params[1])
@@ -754,13 +762,15 @@ def test_product_in_another_precision_is_at_the_highest_asked():
 
 
 def test_every_rule_is_exercised():
-    """No rule is left without a test above: each is traced by one of the programs here."""
+    """A new rule must be drawn by the random programs too."""
     used = {
         equation.name
-        for seed in range(300)
+        for seed in range(60)
         for equation in traced_body(random_program(seed)).equations
     }
-    assert set(RULES) - used <= {"add_any", "convert_element_type", "copy", "copy_p"}
+    elsewhere = {"convert_element_type", "copy", "copy_p"}
+    aliases = {"add_any", "expand_dims"}  # of gradients, and of what jax traces as other views
+    assert set(RULES) - used <= elsewhere | aliases
 
 
 def traced_body(program):
