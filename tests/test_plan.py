@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def named(found, primitive):
 
 
 def weights(*widths):
-    return [shape(*ends) for ends in zip(widths[:-1], widths[1:], strict=True)]
+    return [shape(*ends) for ends in itertools.pairwise(widths)]
 
 
 def chain(*arguments):

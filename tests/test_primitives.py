@@ -589,6 +589,19 @@ def test_concatenate_then_dot_folds(axis):
     assert len(planned.recipes) == 1
 
 
+def test_sum_of_a_concatenation_with_constant_parts():
+    """What does not vary along its part of the joined axis counts once for each of its places."""
+
+    def fn(params, data):
+        parts = [jnp.broadcast_to(params[0], (7, 3)), data[0] @ params[1] + 1.0]
+        return lax.concatenate(parts, 1).sum(1)
+
+    assert_recipes_agree(fn, arrays((7, 1), (4, 2)), arrays((7, 4)))
+    assert_recipes_agree(
+        lambda ps, xs: lax.concatenate([ps[0] + 1.0, ps[0]], 0).sum(), arrays((3,)), []
+    )
+
+
 def test_gain_after_concatenate():
     def fn(params, data):
         a, b, c, gain = params
