@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from fcjax.expressions import Label
 
-__all__ = ["Cost", "Operand", "Order", "pair", "price", "search", "written"]
+__all__ = ["Cost", "Operand", "Order", "members", "pair", "price", "search", "written"]
 
 BYTE = 16.0
 """Operations that a device does in the time it moves one byte to or from memory."""

@@ -11,9 +11,9 @@ import numpy as np
 from jax import Array, lax
 
 from fcjax import numerics
-from fcjax.contraction import Order
+from fcjax.contraction import Order, members
 from fcjax.expressions import Expr, Factor, Label, Window
-from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe
+from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe, computed_over
 
 __all__ = ["SQUARE", "evaluate", "form", "formed_leaves", "mean_squares", "squares_key"]
 
@@ -114,14 +114,14 @@ def _form_product(
     def visit(order: Order, needed: frozenset[Label]) -> None:
         if isinstance(order, int):
             return
-        inside = _members(order)
+        inside = members(order)
         if all(_invariant(part.term.factors[k]) for k in inside):
             formed[(*key, order)] = _multiply(part, order, needed, expr, env, {}, key)
             return
         for half, other in (order, order[::-1]):
             visit(half, needed | _labels_of(part, other))
 
-    visit(part.order, _kept(part, expr))
+    visit(part.order, computed_over(part.term, expr.free))
 
 
 # --- the three kinds of part --------------------------------------------------------------------
@@ -130,15 +130,10 @@ def _form_product(
 def _part(recipe: Recipe, i: int, env: Env, formed: Formed) -> Named:
     part, expr = recipe.parts[i], recipe.expr
     if isinstance(part, Product):
-        return _product(part, (i,), _kept(part, expr), expr, env, formed)
+        return _product(part, (i,), computed_over(part.term, expr.free), expr, env, formed)
     if isinstance(part, MeanSquare):
         return formed[SQUARE, i] if (SQUARE, i) in formed else mean_squares([(recipe, i)], env)[0]
     return _linear(part, formed[i] if i in formed else _weight(part, env, expr), expr, env)
-
-
-def _kept(part: Product, expr: Expr) -> frozenset[Label]:
-    inner = {w.inner for w in part.term.windows}
-    return (expr.free - {w.outer for w in part.term.windows}) | inner
 
 
 def _product(
@@ -173,12 +168,8 @@ def _multiply(
     return _pair(a, b, needed, expr)
 
 
-def _members(order: Order) -> list[int]:
-    return [order] if isinstance(order, int) else _members(order[0]) + _members(order[1])
-
-
 def _labels_of(part: Product, order: Order) -> frozenset[Label]:
-    return frozenset().union(*(part.term.factors[k].labels for k in _members(order)))
+    return frozenset().union(*(part.term.factors[k].labels for k in members(order)))
 
 
 def _weight(part: Linear | MeanSquare, env: Env, expr: Expr) -> Named:

@@ -23,7 +23,7 @@ from fcjax import contraction
 from fcjax.contraction import Cost, Operand, Order
 from fcjax.expressions import Expr, Factor, Label, Term, Unrepresentable, term_key
 
-__all__ = ["Linear", "MeanSquare", "Part", "Product", "Recipe", "recipe"]
+__all__ = ["Linear", "MeanSquare", "Part", "Product", "Recipe", "computed_over", "recipe"]
 
 MOMENTS = 3.0
 """Products of the rows with a matrix of their own width that a mean square takes."""
@@ -202,7 +202,7 @@ def _operand(factor: Factor) -> Operand:
 
 def _product(term: Term, expr: Expr, runs: int, keep: frozenset[Label] | None = None):
     """A term by itself, over the labels ``keep`` (those of the value by default)."""
-    keep = _inner(expr.free, term) if keep is None else keep
+    keep = computed_over(term, expr.free) if keep is None else keep
     if not term.factors:
         return Product(term, 0), Cost()
     operands = [_operand(f) for f in term.factors]
@@ -216,7 +216,7 @@ def _product(term: Term, expr: Expr, runs: int, keep: frozenset[Label] | None = 
     return Product(term, order), cost
 
 
-def _inner(free: frozenset[Label], term: Term) -> frozenset[Label]:
+def computed_over(term: Term, free: frozenset[Label]) -> frozenset[Label]:
     """The labels a windowed term is computed over before it is put in place."""
     return (free - {w.outer for w in term.windows}) | {w.inner for w in term.windows}
 
