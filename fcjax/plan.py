@@ -13,19 +13,16 @@ import contextvars
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence, Set
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 from fcjax import expressions as ex
-from fcjax import trace
-from fcjax.compat import Literal as Number
 from fcjax.contraction import Cost
 from fcjax.expressions import Expr, Unrepresentable
 from fcjax.parts import Recipe, recipe
-from fcjax.primitives import RULES, VIEWS
 from fcjax.trace import Body, Equation, Kind, Value
+from fcjax.written import Written
 
 __all__ = ["Change", "Plan", "always_fold", "plan"]
 
@@ -121,42 +118,59 @@ class Plan:
 
 
 def plan(
-    body: Body, inputs: Sequence[Kind], objective: Literal["time", "memory"] = "time", runs: int = 1
+    network: Written,
+    objective: Literal["time", "memory"] = "time",
+    original: Written | None = None,
 ) -> Plan:
     """Plans how to compute a body.
 
     Args:
-      body: the equations.
-      inputs: what each input of the body depends on.
+      network: the body as written.
       objective: what a rewrite must save.
-      runs: how often the body runs in one training step.
+      original: the body before its shapes were reduced, if they were, whose price counts as the
+        price as written.
     """
-    known = trace.kinds(body, inputs)
-    written = _AsWritten(body, known)
-    search = _Search(written.roots, written.hard, objective, runs)
+    search = _Search(network.roots, network.hard, objective, network.runs)
     search.run()
-    nested = {}
-    for i, equation in enumerate(body.equations):
-        inner = trace.nested_bodies(equation, known)
-        if inner:
-            nested[i] = tuple(
-                plan(trace.flatten(b.jaxpr), b.kinds, objective, b.runs) for b in inner
-            )
+    originals = original.nested if original is not None else {}
+    nested = {
+        i: tuple(
+            plan(inner, objective, before)
+            for inner, before in zip(bodies, originals.get(i, itertools.repeat(None)), strict=False)
+        )
+        for i, bodies in network.nested.items()
+    }
     changes = search.changes()
     taken = {root for change in changes if change.taken for root in change.roots}
+    gone = {root for change in changes if change.taken for root in change.gone}
     recipes = {root: search.recipes[root] for root in taken}
+    recipes |= {r: search.base[r] for r in network.forced if r not in taken and r not in gone}
     plans = list(itertools.chain.from_iterable(nested.values()))
-    fixed = _boundary_cost(written.boundaries, known)
-    before = sum((how.cost for how in search.base.values()), fixed)
+    fixed = _boundary_cost(network.boundaries, network.known)
+    as_given = sum((how.cost for how in search.base.values()), fixed)
     saved = [(c.before, c.after) for c in changes if c.taken]
-    after = before + sum((b * -1.0 + a for b, a in saved), Cost())
+    after = as_given + sum((b * -1.0 + a for b, a in saved), Cost())
+    before = as_given if original is None else _price(original)
     return Plan(
-        body, known, recipes, nested, tuple(changes), written.roots,
-        frozenset(written.boundaries),
+        network.body, network.known, recipes, nested, tuple(changes), network.roots,
+        network.boundaries,
         sum((p.before * p.runs for p in plans), before),
         sum((p.after * p.runs for p in plans), after),
-        runs,
+        network.runs,
     )  # fmt: skip
+
+
+def _price(network: Written) -> Cost:
+    """What a training step of the body itself pays as written."""
+    fixed = _boundary_cost(network.boundaries, network.known)
+    return sum((_priced(expr, network.runs).cost for expr in network.roots.values()), fixed)
+
+
+def _priced(expr: Expr, runs: int) -> Recipe:
+    try:
+        return recipe(expr, runs)
+    except Unrepresentable:  # computed as written, at a price nobody compares with
+        return Recipe(expr, (), Cost())
 
 
 def _boundary_cost(boundaries: Iterable[Equation], known: dict[Value, Kind]) -> Cost:
@@ -166,135 +180,11 @@ def _boundary_cost(boundaries: Iterable[Equation], known: dict[Value, Kind]) -> 
         (value, *_) = equation.outputs
         if equation.name == "dot_general" and value is not None:
             (contracted, _), _ = equation.source.params["dimension_numbers"]
-            shape = _aval(equation.source.invars[0]).shape
-            work = 2.0 * _size(value) * float(np.prod([shape[i] for i in contracted]))
+            shape = equation.source.invars[0].aval.shape  # type: ignore[attr-defined]
+            work = 2.0 * math.prod(value.shape) * math.prod(shape[i] for i in contracted)
             passes = 1 + sum(known[v].trainable for v in equation.values)
             total = total + Cost(work * passes, work * passes)
     return total
-
-
-# --- the network as written ---------------------------------------------------------------------
-
-
-class _AsWritten:
-    """The network as written: which values are computed, and from what.
-
-    Attributes:
-      roots: the values that are computed, with their expressions over roots and leaves.
-      hard: the values that must exist as arrays: results, and what boundaries read.
-      boundaries: the equations that are no sums of einsum terms.
-    """
-
-    def __init__(self, body: Body, known: dict[Value, Kind]) -> None:
-        self.known = known
-        self.readers, self.operands = _count_readers(body), _operands(body)
-        self.seen: dict[Value, Expr] = {}
-        self.roots: dict[Value, Expr] = {}
-        self.boundaries = {e for e in body.equations if not _has_rule(e)}
-        self.hard = {atom for atom in body.outputs if isinstance(atom, Value)}
-        self.hard.update(v for e in self.boundaries for v in e.values)
-        for equation in body.equations:
-            if equation not in self.boundaries:
-                self._read(equation)
-        position = {v: i for i, e in enumerate(body.equations) for v in e.outputs}
-        self.roots = dict(sorted(self.roots.items(), key=lambda item: position[item[0]]))
-
-    def _read(self, equation: Equation) -> None:
-        """Applies the equation's rule; if it fails the equation is a boundary too."""
-        operands = [self._operand(atom) for atom in equation.inputs]
-        try:
-            made = RULES[equation.name](operands, equation.source)
-        except Unrepresentable:
-            self.boundaries.add(equation)
-            self.hard.update(equation.values)
-            for value in equation.values:
-                self._compute(value)
-            return
-        for made_value, expr in zip(equation.outputs, _listed(made), strict=True):
-            if made_value is None:
-                continue
-            self.seen[made_value] = expr
-            if made_value in self.hard or _is_cut(made_value, expr, self.readers, self.operands):
-                self._compute(made_value)
-
-    def _operand(self, atom: Value | Number) -> Expr:
-        if not isinstance(atom, Value):
-            return Expr((), (ex.Term(float(atom.val), ()),), _aval(atom).dtype)
-        if atom not in self.seen:
-            self.seen[atom] = ex.of_leaf(self.known[atom].leaf(atom))
-        return self.seen[atom]
-
-    def _compute(self, value: Value) -> None:
-        """Makes a value a root, which later equations read as a leaf."""
-        expr = self.seen.pop(value, None)
-        if expr is not None and value not in expr.leaves:
-            self.roots[value] = expr
-
-
-def _count_readers(body: Body) -> dict[Value, int]:
-    count: dict[Value, int] = {}
-    for equation in body.equations:
-        for value in set(equation.values):
-            count[value] = count.get(value, 0) + 1
-    return count
-
-
-def _has_rule(equation: Equation) -> bool:
-    avals = [_aval(out) for out in equation.source.outvars]
-    floats = all(np.dtype(a.dtype).kind == "f" or a.dtype.name == "bfloat16" for a in avals)
-    return floats and equation.name in RULES and not _sharded_by_hand(equation)
-
-
-def _sharded_by_hand(equation: Equation) -> bool:
-    """Whether the equation says how its result is laid out over devices."""
-    params = equation.source.params
-    return any(params.get(key) is not None for key in ("out_sharding", "sharding"))
-
-
-def _listed(made: Expr | list[Expr]) -> list[Expr]:
-    return made if isinstance(made, list) else [made]
-
-
-def _is_cut(value: Value, expr: Expr, readers: dict[Value, int], operands: set[Value]) -> bool:
-    """Whether the network as written computes this value and reads it back."""
-    if _is_view(expr):
-        return False
-    if value in operands:
-        return expr.has_data or _is_product(expr)
-    if not expr.has_data or readers.get(value, 0) < 2:
-        return False
-    largest = max(f.leaf.size for t in expr.terms for f in t.factors if f.is_data)
-    return _is_product(expr) or 2 * _size(value) > largest
-
-
-def _is_view(expr: Expr) -> bool:
-    """Whether an expression only looks at one leaf, without arithmetic."""
-    (term, *more) = expr.terms or (None,)
-    if term is None or more or len(term.factors) != 1 or term.windows or term.scale != 1.0:
-        return False
-    return term.labels <= expr.free and not term.factors[0].centred
-
-
-def _is_product(expr: Expr) -> bool:
-    return any(len(t.factors) > 1 and not t.labels <= expr.free for t in expr.terms)
-
-
-def _operands(body: Body) -> set[Value]:
-    """Values that a matrix product reads, directly or through views."""
-    found: set[Value] = set()
-    for equation in reversed(body.equations):
-        views = equation.name in VIEWS and not found.isdisjoint(v for v in equation.outputs if v)
-        if views or equation.name == "dot_general":
-            found.update(equation.values)
-    return found
-
-
-def _aval(atom: Any) -> Any:
-    return atom.aval
-
-
-def _size(value: Value) -> int:
-    return int(np.prod(value.shape, dtype=np.int64))
 
 
 # --- the search ---------------------------------------------------------------------------------
@@ -319,7 +209,7 @@ class _Search:
         self.objective = objective
         self.runs = runs
         self.order = {value: i for i, value in enumerate(roots)}
-        self.base = {value: self._recipe(expr) for value, expr in roots.items()}
+        self.base = {value: _priced(expr, runs) for value, expr in roots.items()}
         self.recipes = dict(self.base)
         self.readers: dict[Value, set[Value]] = {value: set() for value in roots}
         for value, how in self.recipes.items():
@@ -329,12 +219,6 @@ class _Search:
         self.changed: set[Value] = set()
         self.declined: dict[tuple[Value, ...], Change] = {}
         self.tried: dict[tuple[Value, ...], list[Recipe]] = {}
-
-    def _recipe(self, expr: Expr) -> Recipe:
-        try:
-            return recipe(expr, self.runs)
-        except Unrepresentable:  # computed as written, at a price nobody compares with
-            return Recipe(expr, (), Cost())
 
     def _link(self, value: Value, how: Recipe) -> None:
         for leaf in how.expr.leaves:

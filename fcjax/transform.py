@@ -18,6 +18,7 @@ from fcjax.plan import Plan, folds_always, plan
 from fcjax.program import Program
 from fcjax.report import Row
 from fcjax.trace import Body, Kind
+from fcjax.written import written
 
 __all__ = ["FrontContribution", "front_contribute"]
 
@@ -353,7 +354,8 @@ def _compiled(fc: FrontContribution, leaves: Sequence[Any], call: _Call) -> _Com
         jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves, *call.arrays)
     body = trace.flatten(jaxpr)
     of_params = [PARAM if t else FROZEN for t in fc._trained]
-    planned = plan(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))], fc.objective)
+    network = written(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))])
+    planned = plan(network, fc.objective)
     return _Compiled(body, planned, jax.tree.structure(shapes))
 
 

@@ -15,6 +15,7 @@ from fcjax import trace
 from fcjax.parts import Linear, MeanSquare
 from fcjax.plan import always_fold, folds_always, plan
 from fcjax.transform import DATA, PARAM
+from fcjax.written import written
 
 TOKENS = 4096
 
@@ -27,7 +28,7 @@ def planned(fn, params, data, **options):
     """The plan of ``fn(*params, *data)`` for arrays of these shapes."""
     jaxpr = jax.make_jaxpr(fn)(*params, *data)
     kinds = [PARAM] * len(params) + [DATA] * len(data)
-    return plan(trace.flatten(jaxpr), kinds, **options)
+    return plan(written(trace.flatten(jaxpr), kinds), **options)
 
 
 def gone(found):

@@ -25,6 +25,7 @@ from fcjax.parts import recipe
 from fcjax.plan import always_fold, plan
 from fcjax.primitives import RULES, register
 from fcjax.transform import DATA, PARAM
+from fcjax.written import written
 
 TOLERANCE = 1e-12
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -38,7 +39,7 @@ def traced(fn, params, data):
     jaxpr = jax.make_jaxpr(lambda p, x: fn(p, x))(params, data)
     kinds = [PARAM] * len(params) + [DATA] * len(data)
     with always_fold():
-        return plan(trace.flatten(jaxpr), kinds)
+        return plan(written(trace.flatten(jaxpr), kinds))
 
 
 def directly(body, arrays):

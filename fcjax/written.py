@@ -1,0 +1,181 @@
+"""The network as written, as expressions: which values are computed, and from what.
+
+Most values of a body are only steps on the way to another value and exist inside its expression.
+Those that something non-linear reads, products, and values with several readers are *roots*: they
+are computed, and what reads them sees them as leaves.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fcjax import expressions as ex
+from fcjax import trace
+from fcjax.compat import Literal as Number
+from fcjax.expressions import Expr, Unrepresentable
+from fcjax.primitives import RULES, VIEWS
+from fcjax.trace import Body, Equation, Kind, Value
+
+__all__ = ["Written", "written"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Written:
+    """A body as it is written, and the bodies inside it.
+
+    Attributes:
+      body: the equations.
+      known: what each value depends on.
+      roots: the values that are computed, with their expressions over roots and leaves.
+      hard: the values that must exist as arrays: results, and what boundaries read.
+      boundaries: the equations that are no sums of einsum terms.
+      nested: for the numbers of equations with bodies of their own, those.
+      runs: how often the body runs in one training step.
+      forced: roots that their equations no longer compute, because their shapes were reduced.
+    """
+
+    body: Body
+    known: dict[Value, Kind]
+    roots: dict[Value, Expr]
+    hard: frozenset[Value]
+    boundaries: frozenset[Equation]
+    nested: dict[int, tuple["Written", ...]]
+    runs: int = 1
+    forced: frozenset[Value] = frozenset()
+
+    @functools.cached_property
+    def has_forced(self) -> bool:
+        """Whether any root is forced, here or in a nested body."""
+        return bool(self.forced) or any(w.has_forced for ws in self.nested.values() for w in ws)
+
+
+def written(body: Body, inputs: Sequence[Kind], runs: int = 1) -> Written:
+    """Reads a body.
+
+    Args:
+      body: the equations.
+      inputs: what each input of the body depends on.
+      runs: how often the body runs in one training step.
+    """
+    known = trace.kinds(body, inputs)
+    reader = _Reader(body, known)
+    nested = {}
+    for i, equation in enumerate(body.equations):
+        inner = trace.nested_bodies(equation, known)
+        if inner:
+            nested[i] = tuple(written(trace.flatten(b.jaxpr), b.kinds, b.runs) for b in inner)
+    return Written(
+        body, known, reader.roots, frozenset(reader.hard), frozenset(reader.boundaries), nested,
+        runs,
+    )  # fmt: skip
+
+
+class _Reader:
+    """Applies the rules of the primitives in order; see ``Written`` for what it collects."""
+
+    def __init__(self, body: Body, known: dict[Value, Kind]) -> None:
+        self.known = known
+        self.readers, self.operands = _count_readers(body), _operands(body)
+        self.seen: dict[Value, Expr] = {}
+        self.roots: dict[Value, Expr] = {}
+        self.boundaries = {e for e in body.equations if not _has_rule(e)}
+        self.hard = {atom for atom in body.outputs if isinstance(atom, Value)}
+        self.hard.update(v for e in self.boundaries for v in e.values)
+        for equation in body.equations:
+            if equation not in self.boundaries:
+                self._read(equation)
+        position = {v: i for i, e in enumerate(body.equations) for v in e.outputs}
+        self.roots = dict(sorted(self.roots.items(), key=lambda item: position[item[0]]))
+
+    def _read(self, equation: Equation) -> None:
+        """Applies the equation's rule; if it fails the equation is a boundary too."""
+        operands = [self._operand(atom) for atom in equation.inputs]
+        try:
+            made = RULES[equation.name](operands, equation.source)
+        except Unrepresentable:
+            self.boundaries.add(equation)
+            self.hard.update(equation.values)
+            for value in equation.values:
+                self._compute(value)
+            return
+        for made_value, expr in zip(equation.outputs, _listed(made), strict=True):
+            if made_value is None:
+                continue
+            self.seen[made_value] = expr
+            if made_value in self.hard or _is_cut(made_value, expr, self.readers, self.operands):
+                self._compute(made_value)
+
+    def _operand(self, atom: Value | Number) -> Expr:
+        if not isinstance(atom, Value):
+            return Expr((), (ex.Term(float(atom.val), ()),), atom.aval.dtype)  # type: ignore[attr-defined]
+        if atom not in self.seen:
+            self.seen[atom] = ex.of_leaf(self.known[atom].leaf(atom))
+        return self.seen[atom]
+
+    def _compute(self, value: Value) -> None:
+        """Makes a value a root, which later equations read as a leaf."""
+        expr = self.seen.pop(value, None)
+        if expr is not None and value not in expr.leaves:
+            self.roots[value] = expr
+
+
+def _count_readers(body: Body) -> dict[Value, int]:
+    count: dict[Value, int] = {}
+    for equation in body.equations:
+        for value in set(equation.values):
+            count[value] = count.get(value, 0) + 1
+    return count
+
+
+def _has_rule(equation: Equation) -> bool:
+    avals: list[Any] = [out.aval for out in equation.source.outvars]
+    floats = all(np.dtype(a.dtype).kind == "f" or a.dtype.name == "bfloat16" for a in avals)
+    return floats and equation.name in RULES and not _sharded_by_hand(equation)
+
+
+def _sharded_by_hand(equation: Equation) -> bool:
+    """Whether the equation says how its result is laid out over devices."""
+    params = equation.source.params
+    return any(params.get(key) is not None for key in ("out_sharding", "sharding"))
+
+
+def _listed(made: Expr | list[Expr]) -> list[Expr]:
+    return made if isinstance(made, list) else [made]
+
+
+def _is_cut(value: Value, expr: Expr, readers: dict[Value, int], operands: set[Value]) -> bool:
+    """Whether the network as written computes this value and reads it back."""
+    if _is_view(expr):
+        return False
+    if value in operands:
+        return expr.has_data or _is_product(expr)
+    if not expr.has_data or readers.get(value, 0) < 2:
+        return False
+    largest = max(f.leaf.size for t in expr.terms for f in t.factors if f.is_data)
+    return _is_product(expr) or 2 * math.prod(value.shape) > largest
+
+
+def _is_view(expr: Expr) -> bool:
+    """Whether an expression only looks at one leaf, without arithmetic."""
+    (term, *more) = expr.terms or (None,)
+    if term is None or more or len(term.factors) != 1 or term.windows or term.scale != 1.0:
+        return False
+    return term.labels <= expr.free and not term.factors[0].centred
+
+
+def _is_product(expr: Expr) -> bool:
+    return any(len(t.factors) > 1 and not t.labels <= expr.free for t in expr.terms)
+
+
+def _operands(body: Body) -> set[Value]:
+    """Values that a matrix product reads, directly or through views."""
+    found: set[Value] = set()
+    for equation in reversed(body.equations):
+        views = equation.name in VIEWS and not found.isdisjoint(v for v in equation.outputs if v)
+        if views or equation.name == "dot_general":
+            found.update(equation.values)
+    return found
