@@ -12,7 +12,16 @@ from fcjax.errors import FrontContributionError
 from fcjax.names import path_name
 from fcjax.trace import Body, Kind, Value
 
-__all__ = ["inferred_arguments", "options", "outputs", "params", "shapes", "structure", "tracing"]
+__all__ = [
+    "data",
+    "inferred_arguments",
+    "options",
+    "outputs",
+    "params",
+    "shapes",
+    "structure",
+    "tracing",
+]
 
 INFERRED_BATCH = 1024
 """The batch an inferred input has; the plan for the report is made for it."""
@@ -43,9 +52,9 @@ def options(apply_fn: Any, optimizer: Any, exactness: Any, objective: Any, data:
     ):
         if value not in known:
             raise FrontContributionError(f"{name} must be one of {known}, got {value!r}")
-    if data is not None:
+    if data is not None and optimizer is None:
         raise FrontContributionError(
-            "data= asks for input-span compression, which this version does not have; leave it out"
+            "data= removes weights, which is exact only for some optimizers; pass optimizer= too"
         )
 
 
@@ -88,18 +97,54 @@ def structure(tree: Any, expected: Any, what: str) -> None:
         )
 
 
-def shapes(leaves: Sequence[Any], avals: Sequence[Any], paths: Sequence[str]) -> None:
+def shapes(
+    leaves: Sequence[Any], expected: Sequence[tuple[int, ...]], paths: Sequence[str]
+) -> None:
     """Checks the shapes of parameter leaves.
 
     Raises:
       FrontContributionError: naming the first leaf that differs.
     """
-    for leaf, aval, path in zip(leaves, avals, paths, strict=True):
-        if np.shape(leaf) != tuple(aval.shape):
+    for leaf, shape, path in zip(leaves, expected, paths, strict=True):
+        if np.shape(leaf) != tuple(shape):
             raise FrontContributionError(
-                f"params leaf {path} has shape {np.shape(leaf)}, but {tuple(aval.shape)} was given "
-                "to front_contribute; call it again for other shapes"
+                f"params leaf {path} has shape {np.shape(leaf)}, but it was {tuple(shape)} in "
+                "front_contribute; call it again for other shapes"
             )
+
+
+def data(given: Any, arguments: Sequence[Any]) -> dict[int, np.ndarray[Any, Any]]:
+    """Checks the training inputs, and puts them under the numbers of their arguments.
+
+    Args:
+      given: None, an array for the first argument, or a tuple of arrays for all of them.
+      arguments: the array arguments of the example.
+
+    Raises:
+      FrontContributionError: if an array does not match its argument or has no finite values.
+    """
+    if given is None:
+        return {}
+    listed = list(given) if isinstance(given, (tuple, list)) else [given]
+    found = {}
+    for number, (array, argument) in enumerate(zip(listed, arguments, strict=False)):
+        values = np.asarray(array)
+        if values.ndim != len(argument.shape) or values.shape[1:] != tuple(argument.shape[1:]):
+            raise FrontContributionError(
+                f"data for argument {number} has shape {values.shape}, but the example argument is "
+                f"{tuple(argument.shape)}: they may only differ in the first axis"
+            )
+        if not np.isfinite(values).all():
+            raise FrontContributionError(
+                f"data for argument {number} has NaN or infinite entries; clean it first"
+            )
+        found[number] = values
+    if len(listed) > len(arguments):
+        raise FrontContributionError(
+            f"data has {len(listed)} arrays, but the example has {len(arguments)} arguments; pass "
+            "one array for each argument"
+        )
+    return found
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Literal
 
 from fcjax import expressions as ex
+from fcjax.clusters import Clusters
 from fcjax.contraction import Cost
 from fcjax.expressions import Expr, Unrepresentable
 from fcjax.parts import Recipe, recipe
@@ -214,7 +215,7 @@ class _Search:
         self.readers: dict[Value, set[Value]] = {value: set() for value in roots}
         for value, how in self.recipes.items():
             self._link(value, how)
-        self.clusters = _Clusters(roots)
+        self.clusters = Clusters(roots)
         self.gone: set[Value] = set()
         self.changed: set[Value] = set()
         self.declined: dict[tuple[Value, ...], Change] = {}
@@ -296,7 +297,8 @@ class _Search:
             del self.recipes[value]
         self.gone.update(gone)
         self.changed.update(new)
-        self.clusters.join((*move, *new))
+        for value in (*move, *new):
+            self.clusters.join(move[0], value)
 
     def changes(self) -> list[Change]:
         """The rewrites, each a set of roots that depend on one another; declined ones last."""
@@ -328,27 +330,3 @@ def _moves(read: Sequence[Value], recipes: dict[Value, Recipe]) -> Iterator[tupl
             yield tuple(group)
     for value in read:
         yield (value,)
-
-
-class _Clusters:
-    """Union-find over roots."""
-
-    def __init__(self, values: Iterable[Value]) -> None:
-        self.parent = {value: value for value in values}
-
-    def find(self, value: Value) -> Value:
-        while self.parent[value] is not value:
-            self.parent[value] = self.parent[self.parent[value]]
-            value = self.parent[value]
-        return value
-
-    def join(self, values: Sequence[Value]) -> None:
-        first = self.find(values[0])
-        for value in values[1:]:
-            self.parent[self.find(value)] = first
-
-    def groups(self) -> list[list[Value]]:
-        found: dict[Value, list[Value]] = {}
-        for value in self.parent:
-            found.setdefault(self.find(value), []).append(value)
-        return list(found.values())

@@ -13,6 +13,7 @@ from fcjax.names import short_names
 from fcjax.plan import Change, Plan
 from fcjax.render import lines
 from fcjax.trace import Value, nested_bodies
+from fcjax.written import handed_over
 
 __all__ = ["Row", "rows", "text", "trained_before_final"]
 
@@ -138,11 +139,9 @@ def walk(plan: Plan, names: Origins) -> Iterator[tuple[Plan, Origins]]:
                 origins[value] = joined
     yield plan, origins
     for i, inner in plan.nested.items():
-        equation = plan.body.equations[i]
-        offset = 1 if equation.name == "cond" else 0
         for nested in inner:
-            given = zip(nested.body.inputs, equation.inputs[offset:], strict=True)
-            own = {v: origins[a] for v, a in given if isinstance(a, Value) and a in origins}
+            given = handed_over(plan.body.equations[i], nested.body)
+            own = {v: origins[a] for v, a, _ in given if isinstance(a, Value) and a in origins}
             yield from walk(nested, own)
 
 

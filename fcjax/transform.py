@@ -16,9 +16,11 @@ from fcjax.errors import NotFoldableError
 from fcjax.names import path_name
 from fcjax.plan import Plan, folds_always, plan
 from fcjax.program import Program
+from fcjax.reduction import Tree, nothing, reduction
 from fcjax.report import Row
+from fcjax.rewrite import rewritten
 from fcjax.trace import Body, Kind
-from fcjax.written import written
+from fcjax.written import Written, written
 
 __all__ = ["FrontContribution", "front_contribute"]
 
@@ -56,10 +58,14 @@ def front_contribute(
       *example_args: arrays or ``jax.ShapeDtypeStruct`` to trace with. With none, the input of a
         dense network with one input is inferred from its kernels, if only one width fits; the
         report is then for a batch of 1024. Calls are planned for their own shapes in any case.
-      optimizer: the optax transformation that will train. Collapsing is exact for any optimizer.
+      optimizer: the optax transformation that will train. It allows the rules that remove weights
+        and are exact for this optimizer only; whether they are is tested by experiment. Without it
+        all weights are trained.
       exactness: ``"discrete"`` equals backpropagation step by step; ``"flow"`` and
         ``"approximate"`` allow further rules, none of which exists yet.
-      data: training inputs for input-span compression, which does not exist yet.
+      data: the training inputs, an array for the first argument or a tuple of arrays for all of
+        them: what first layers do for inputs outside their span is then not trained. Needs
+        ``optimizer``.
       objective: what the planner saves: ``"time"`` of a step, or ``"memory"`` for the backward
         pass.
       strict: whether to raise unless every non-final weight is folded away.
@@ -90,7 +96,7 @@ def front_contribute(
     check.params(params)
     if not example_args:
         example_args = check.inferred_arguments(apply_fn, params)
-    fc = FrontContribution(apply_fn, params, example_args, objective)
+    fc = FrontContribution(apply_fn, params, example_args, objective, optimizer, data)
     if strict:
         _require_folded(fc)
     return fc
@@ -101,9 +107,11 @@ class FrontContribution:
 
     Attributes:
       apply_fn: the original function.
-      params: the trainable parameters: the original structure, non-float leaves replaced by None.
+      params: the trainable parameters: the original structure, leaves in the shapes in which they
+        are trained, and None for those that are not.
       contributions: arrays that are computed before training and not trained: constants that
-        ``apply_fn`` closes over, and non-float parameter leaves.
+        ``apply_fn`` closes over, non-float parameter leaves, and what leads from the trained
+        parameters to the original ones (signs, bases, and what no basis reaches).
       objective: what the planner saves.
     """
 
@@ -113,24 +121,34 @@ class FrontContribution:
         params: PyTree,
         example_args: tuple[Any, ...],
         objective: Literal["time", "memory"] = "time",
+        optimizer: Any = None,
+        data: Any = None,
     ) -> None:
         self.apply_fn = apply_fn
         self.objective: Literal["time", "memory"] = objective
-        paths, self._structure = jax.tree_util.tree_flatten_with_path(params)
-        leaves = [leaf for _, leaf in paths]
-        self.paths = tuple(path_name(path) for path, _ in paths)
-        self._avals = tuple(jax.typeof(leaf) for leaf in leaves)
-        self._trained = tuple(jnp.issubdtype(a.dtype, jnp.inexact) for a in self._avals)
-        self.params = self._unflatten(leaves)
-        self._params_structure = jax.tree.structure(self.params)
+        self._tree = _tree(params)
+        self.paths = self._tree.paths
+        self._avals = tuple(jax.typeof(leaf) for leaf in self._tree.leaves)
         self._compiled: dict[Hashable, _Compiled] = {}
         call = _Call.of(example_args, {})
-        self._example = self._compile(leaves, call)
-        check.outputs(self._example.body, self._example.plan.known)
-        self.contributions: dict[str, tuple[Any, ...]] = {
-            "constants": tuple(array for _, array in self._example.body.constants),
-            "frozen": tuple(x for x, t in zip(leaves, self._trained, strict=True) if not t),
+        body, out_structure = self._trace(self._avals, call)
+        network = self._written(body, call)
+        check.outputs(network.body, network.known)
+        self._reduction = nothing(self._tree)
+        if optimizer is not None:
+            given = check.data(data, call.arrays)
+            self._reduction = reduction(network, self._tree, optimizer, given)
+        self._example = self._planned(network, out_structure)
+        self._compiled[self._key(self._avals, call)] = self._example
+        self.contributions: dict[str, Any] = {
+            "constants": tuple(array for _, array in body.constants),
+            "frozen": self._tree.frozen,
+            **self._reduction.contributions,
         }
+        reduced = self._reduction.reduce(self._tree.leaves, self.contributions)
+        self.params = jax.tree.unflatten(self._tree.structure, reduced)
+        self._params_structure = jax.tree.structure(self.params)
+        self._shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(self.params))
 
     # --- the network ---
 
@@ -154,12 +172,15 @@ class FrontContribution:
           >>> fc.apply(fc.params, 2 * jnp.ones((5, 3))).shape
           (5, 3)
         """
-        leaves = self._full_leaves(params, self.contributions["frozen"])
+        leaves = self._leaves(params, self.contributions["frozen"])
         call = _Call.of(args, kwargs)
-        compiled = self._compile(leaves, call)
+        running = self._reduction.running(leaves, self.contributions)
+        compiled = self._compile(running, call)
         if compiled.plan.is_trivial:  # nothing to gain: the network runs exactly as written
-            return self.apply_fn(jax.tree.unflatten(self._structure, leaves), *args, **kwargs)
-        return compiled(leaves, call.arrays, [array for _, array in compiled.body.constants])
+            return self.apply_fn(jax.tree.unflatten(self._tree.structure, running), *args, **kwargs)
+        sources = self._reduction.sources(self.contributions)
+        constants = [array for _, array in compiled.body.constants]
+        return compiled(running, call.arrays, sources, constants)
 
     def apply_with(
         self, params: PyTree, contributions: dict[str, tuple[Any, ...]], *args: Any, **kwargs: Any
@@ -186,15 +207,17 @@ class FrontContribution:
           >>> fc.apply_with(fc.params, doubled, jnp.zeros((1, 3))).tolist()
           [[0.0, 2.0, 4.0]]
         """
-        leaves = self._full_leaves(params, contributions["frozen"])
+        leaves = self._leaves(params, contributions["frozen"])
         call = _Call.of(args, kwargs)
-        compiled = self._compile(leaves, call)
+        running = self._reduction.running(leaves, contributions)
+        compiled = self._compile(running, call)
         own = {id(a): i for i, (_, a) in enumerate(self._example.body.constants)}
         constants = [
             contributions["constants"][own[id(array)]] if id(array) in own else array
             for _, array in compiled.body.constants
         ]
-        return compiled(leaves, call.arrays, constants)
+        sources = self._reduction.sources(contributions)
+        return compiled(running, call.arrays, sources, constants)
 
     # --- between the reduced and the full parameters ---
 
@@ -217,8 +240,9 @@ class FrontContribution:
           >>> fc.params["count"] is None, int(fc.expand(fc.params)["count"])
           (True, 3)
         """
-        leaves = self._full_leaves(params, self.contributions["frozen"])
-        return jax.tree.unflatten(self._structure, leaves)
+        leaves = self._leaves(params, self.contributions["frozen"])
+        full = self._reduction.expand(leaves, self.contributions)
+        return jax.tree.unflatten(self._tree.structure, full)
 
     def reduce(self, full_params: PyTree) -> PyTree:
         """The inverse of ``expand``.
@@ -238,34 +262,69 @@ class FrontContribution:
           >>> fc.reduce(5 * jnp.eye(2)).shape
           (2, 2)
         """
-        check.structure(full_params, self._structure, "full parameters")
+        check.structure(full_params, self._tree.structure, "full parameters")
         leaves = jax.tree.leaves(full_params)
-        check.shapes(leaves, self._avals, self.paths)
-        return self._unflatten(leaves)
+        check.shapes(leaves, [a.shape for a in self._avals], self.paths)
+        reduced = self._reduction.reduce(leaves, self.contributions)
+        return jax.tree.unflatten(self._tree.structure, reduced)
 
-    def _unflatten(self, leaves: Sequence[Any]) -> PyTree:
-        kept = [x if t else None for x, t in zip(leaves, self._trained, strict=True)]
-        return jax.tree.unflatten(self._structure, kept)
-
-    def _full_leaves(self, params: PyTree, frozen: Sequence[Any]) -> list[Any]:
+    def _leaves(self, params: PyTree, frozen: Sequence[Any]) -> list[Any]:
+        """All leaves, in the shapes in which they are trained; None for those that follow."""
         check.structure(params, self._params_structure, "params")
-        trained, fixed = iter(jax.tree.leaves(params)), iter(frozen)
-        leaves = [next(trained) if t else next(fixed) for t in self._trained]
-        check.shapes(leaves, self._avals, self.paths)
-        return leaves
+        given = jax.tree.leaves(params)
+        kept = [
+            i for i, x in enumerate(self._tree.trained) if x and i not in self._reduction.followers
+        ]
+        check.shapes(given, self._shapes, [self.paths[i] for i in kept])
+        trained, fixed = dict(zip(kept, given, strict=True)), iter(frozen)
+        return [trained.get(i) if t else next(fixed) for i, t in enumerate(self._tree.trained)]
 
     # --- tracing and planning, once for every set of shapes ---
 
-    def _compile(self, leaves: Sequence[Any], call: "_Call") -> "_Compiled":
-        avals = tuple(jax.typeof(x) for x in (*leaves, *call.arrays))
-        precision = jax.config.values["jax_default_matmul_precision"]
-        key = (avals, call.static, folds_always(), precision)
+    def _compile(self, running: Sequence[Any], call: "_Call") -> "_Compiled":
+        avals = [self._original(i, jax.typeof(x)) for i, x in enumerate(running)]
+        key = self._key(avals, call)
         found = self._compiled.get(key)
         if found is None:
-            found = _compiled(self, leaves, call)
+            body, out_structure = self._trace(avals, call)
+            found = self._planned(self._written(body, call), out_structure)
             if not any(isinstance(c, jax.core.Tracer) for _, c in found.body.constants):
                 self._compiled[key] = found
         return found
+
+    def _original(self, leaf: int, aval: Any) -> Any:
+        """A leaf as ``apply_fn`` takes it, in the dtype of this call."""
+        shape = self._avals[leaf].shape
+        return aval if aval.shape == shape else jax.core.ShapedArray(shape, aval.dtype)
+
+    def _key(self, avals: Sequence[Any], call: "_Call") -> Hashable:
+        of_call = tuple(jax.typeof(x) for x in call.arrays)
+        precision = jax.config.values["jax_default_matmul_precision"]
+        return tuple(avals), of_call, call.static, folds_always(), precision
+
+    def _trace(self, avals: Sequence[Any], call: "_Call") -> tuple[Body, Any]:
+        """The network on its original parameters, and the structure of what it returns."""
+        count = len(avals)
+
+        def flat(*inputs: Any) -> PyTree:
+            args, kwargs = call.rebuild(inputs[count:])
+            params = jax.tree.unflatten(self._tree.structure, inputs[:count])
+            return self.apply_fn(params, *args, **kwargs)
+
+        with check.tracing(call.arrays):
+            jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*avals, *call.arrays)
+        return trace.flatten(jaxpr), jax.tree.structure(shapes)
+
+    def _written(self, body: Body, call: "_Call") -> Written:
+        of_params = [PARAM if t else FROZEN for t in self._tree.trained]
+        return written(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))])
+
+    def _planned(self, network: Written, out_structure: Any) -> "_Compiled":
+        taken = self._reduction.compression
+        if taken is None:
+            return _Compiled(plan(network, self.objective), out_structure)
+        reduced = rewritten(network, taken, self.paths)
+        return _Compiled(plan(reduced, self.objective, network), out_structure)
 
     # --- what was found ---
 
@@ -331,32 +390,29 @@ class _Call:
 class _Compiled:
     """A plan for one set of shapes, as a jitted function."""
 
-    def __init__(self, body: Body, plan: Plan, out_structure: Any) -> None:
-        self.body = body
-        self.plan = plan
+    def __init__(self, planned: Plan, out_structure: Any) -> None:
+        self.body = planned.body
+        self.plan = planned
         self._out_structure = out_structure
-        program = Program(plan)
+        program = Program(planned)
         self._run = jax.jit(lambda inputs, constants: program(inputs, constants, {}))
 
-    def __call__(self, leaves: Sequence[Any], arrays: Sequence[Any], constants: Any) -> PyTree:
-        outputs = self._run([*leaves, *arrays], constants)
+    def __call__(
+        self, leaves: Sequence[Any], arrays: Sequence[Any], sources: Sequence[Any], constants: Any
+    ) -> PyTree:
+        outputs = self._run([*leaves, *arrays, *sources], constants)
         return jax.tree.unflatten(self._out_structure, outputs)
 
 
-def _compiled(fc: FrontContribution, leaves: Sequence[Any], call: _Call) -> _Compiled:
-    count = len(leaves)
-
-    def flat(*inputs: Any) -> PyTree:
-        args, kwargs = call.rebuild(inputs[count:])
-        return fc.apply_fn(jax.tree.unflatten(fc._structure, inputs[:count]), *args, **kwargs)
-
-    with check.tracing(call.arrays):
-        jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves, *call.arrays)
-    body = trace.flatten(jaxpr)
-    of_params = [PARAM if t else FROZEN for t in fc._trained]
-    network = written(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))])
-    planned = plan(network, fc.objective)
-    return _Compiled(body, planned, jax.tree.structure(shapes))
+def _tree(params: PyTree) -> Tree:
+    paths, structure = jax.tree_util.tree_flatten_with_path(params)
+    leaves = tuple(leaf for _, leaf in paths)
+    return Tree(
+        structure,
+        tuple(path_name(path) for path, _ in paths),
+        leaves,
+        tuple(jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact) for leaf in leaves),
+    )
 
 
 def _require_folded(fc: FrontContribution) -> None:

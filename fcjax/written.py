@@ -9,18 +9,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from fcjax import compat, trace
 from fcjax import expressions as ex
-from fcjax import trace
 from fcjax.compat import Literal as Number
 from fcjax.expressions import Expr, Unrepresentable
 from fcjax.primitives import RULES, VIEWS
-from fcjax.trace import Body, Equation, Kind, Value
+from fcjax.trace import Atom, Body, Equation, Kind, Value
 
-__all__ = ["Written", "written"]
+__all__ = ["Written", "handed_over", "written"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,6 +72,25 @@ def written(body: Body, inputs: Sequence[Kind], runs: int = 1) -> Written:
         body, known, reader.roots, frozenset(reader.hard), frozenset(reader.boundaries), nested,
         runs,
     )  # fmt: skip
+
+
+def handed_over(
+    equation: Equation, inner: Body
+) -> list[tuple[Value, Atom, Literal["same", "carry", "slice"]]]:
+    """What the inputs of a body inside an equation are outside.
+
+    The value itself, a carry that starts with it, or its slices along the first axis.
+    """
+    outside = equation.inputs[1:] if equation.name == "cond" else equation.inputs
+    consts = len(outside)
+    carry = 0
+    if equation.name == "scan":
+        consts, carry = compat.scan_layout(equation.source.params)
+    roles: list[Literal["same", "carry", "slice"]] = [
+        "same" if k < consts else "carry" if k < consts + carry else "slice"
+        for k in range(len(outside))
+    ]
+    return list(zip(inner.inputs, outside, roles, strict=True))
 
 
 class _Reader:
