@@ -1,5 +1,6 @@
 """Front contribution: train over-parameterised networks at the plain network's price, exactly."""
 
+from fcjax.equivariance import equivariance as equivariance
 from fcjax.errors import FrontContributionError as FrontContributionError
 from fcjax.errors import NotFoldableError as NotFoldableError
 from fcjax.report import Row as Row
@@ -14,6 +15,7 @@ __all__ = [
     "NotFoldableError",
     "Row",
     "Verification",
+    "equivariance",
     "front_contribute",
     "verify",
 ]

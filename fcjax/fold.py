@@ -225,7 +225,7 @@ class _Reading:
 
     def _scale_of(self, equation: Equation) -> Expr | None:
         """How the result of a boundary scales with its operands, None if that is not known."""
-        operands = equation.inputs[equation.name == "select_n" :]
+        operands = equation.inputs[1:] if equation.name == "select_n" else equation.inputs
         if equation.name == "mul":
             return functools.reduce(ex.multiply, self._wide(operands))
         scales = any(v in self.scales for v in equation.values)

@@ -17,10 +17,16 @@ from fcjax.compress import Compression, compression
 from fcjax.equivariance import Change, Follows, Shrinks, Stays, Verdict, experiment
 from fcjax.errors import FrontContributionError
 from fcjax.spaces import Spaces, find
-from fcjax.subspaces import Basis, Reached, reach, span, used
+from fcjax.subspaces import Basis, Reached, made_with, outside, reach, span, used
+from fcjax.trace import Value
 from fcjax.written import Written
 
 __all__ = ["Reduction", "Tree", "nothing", "reduction"]
+
+OUTSIDE = 10.0
+"""How far inputs may leave the span of the data, in units of their tolerance."""
+ELSEWHERE = 1e-4
+"""How much of a parameter may be lost when it is reduced, relative to its largest entry."""
 
 Array = Any
 Contributions = dict[str, Any]
@@ -113,11 +119,59 @@ class Reduction:
             made[leaf] = jax.lax.stop_gradient(signs * leaves[survivor])
         return made
 
+    def sources_in(self, inputs: Sequence[Value]) -> Sequence[Value]:
+        """Which inputs of the reduced network are bases; they come last."""
+        count = len(self.compression.sources) if self.compression is not None else 0
+        return inputs[len(inputs) - count :]
+
     def sources(self, contributions: Contributions) -> list[Array]:
         """The bases through which parameters meet inputs, in the order of their spaces."""
         if self.compression is None:
             return []
         return [contributions["bases"][str(n)][0] for n in self.compression.sources]
+
+    def refuse_outside(self, arguments: Sequence[Array]) -> None:
+        """Checks that inputs, where their values are known, lie in the span of the data.
+
+        Raises:
+          FrontContributionError: if the reduced network would silently ignore a part of them.
+        """
+        for number in self.compression.sources if self.compression is not None else ():
+            assert self.compression is not None
+            space = self.compression.spaces.found[number]
+            assert space.source is not None
+            array = arguments[space.source.argument]
+            if isinstance(array, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+                continue
+            rows = space.source.rows(np.asarray(array))
+            away = outside(rows, self.compression.bases[number][0])
+            if away > OUTSIDE * made_with(rows):
+                names = ", ".join(sorted({self.tree.paths[p.leaf] for p in space.places}))
+                raise FrontContributionError(
+                    f"argument {space.source.argument} leaves the span of data= by {away:.1g} of "
+                    f"its size, where {names} was not trained. Pass data= that spans all inputs, "
+                    "or use apply_fn(fc.expand(params), ...) for such inputs."
+                )
+
+    def refuse_elsewhere(self, leaves: Sequence[Array], reduced: Sequence[Array]) -> None:
+        """Checks that full parameters, where known, are what the reduced ones expand to.
+
+        Raises:
+          FrontContributionError: if reducing them lost anything.
+        """
+        if any(isinstance(x, jax.core.Tracer) for x in leaves):
+            return
+        for leaf, back in enumerate(self.expand(reduced, self.contributions)):
+            if self.rule(leaf) is None:
+                continue
+            wide, again = np.asarray(leaves[leaf], np.float64), np.asarray(back, np.float64)
+            lost = np.max(np.abs(wide - again), initial=0.0)
+            if not lost <= ELSEWHERE * np.max(np.abs(wide), initial=0.0):
+                raise FrontContributionError(
+                    f"full parameter {self.tree.paths[leaf]} cannot be reached by training the "
+                    f"reduced ones: {lost:.1g} of it would be lost. Call front_contribute again "
+                    "with these parameters."
+                )
 
     def expand(self, leaves: Sequence[Array], contributions: Contributions) -> list[Array]:
         """All original leaves."""
@@ -206,6 +260,11 @@ class _Chooser:
             return {}
         verdict = self._verdict(Reduction(self.tree, followers, None, {}))
         if verdict.exact:
+            self.reasons |= {
+                leaf: f"equals {self.tree.paths[survivor]} up to signs at every step, as it does "
+                "initially; never updated"
+                for leaf, (survivor, _) in followers.items()
+            }
             return followers
         self.reasons |= {
             leaf: "an elementwise factor that could follow "
@@ -220,11 +279,12 @@ class _Chooser:
         signs = {k: fold.signs(last, np.asarray(self.tree.leaves[k])) for k in chain.followers}
         if any(by is None for by in signs.values()):
             name = self.tree.paths[chain.survivor]
-            self.reasons |= dict.fromkeys(
-                signs,
-                f"an elementwise factor, but its initial magnitudes are not those of {name}; "
-                "initialise them with equal magnitudes to fold it away",
-            )
+            self.reasons |= {
+                k: f"an elementwise factor, but its initial magnitudes differ from those of {name} "
+                f"by up to {fold.mismatch(last, np.asarray(self.tree.leaves[k])):.1g} of their "
+                "size; initialise them with equal magnitudes to fold it away"
+                for k in signs
+            }
             return {}
         return {leaf: by for leaf, by in signs.items() if by is not None}
 
@@ -236,11 +296,9 @@ class _Chooser:
         rows = _rows(spaces, data)
         given = {i: span(inputs) for i, inputs in rows.items()}
         reached = reach(spaces, self.tree.leaves, given)
-        smaller = _smaller(spaces, reached.bases, self.tree.leaves)
         zeros = {i: used(inputs) for i, inputs in rows.items()}
-        aligned = _smaller(
-            spaces, [zeros.get(i) for i in range(len(spaces.found))], self.tree.leaves
-        )
+        smaller = self._smaller(spaces, dict(enumerate(reached.bases)), reached.saddles)
+        aligned = self._smaller(spaces, zeros, {})
         reasons: dict[int, str] = {}
         for bases, is_aligned in ((smaller, False), (aligned, True)):
             proposed = compression(spaces, bases, self.tree.leaves)
@@ -266,6 +324,25 @@ class _Chooser:
                             for n in taken.on(leaf).values()})  # fmt: skip
             listed = " and ".join(f"{size} of {dimension}" for size, dimension in parts)
             self.reasons[leaf] = f"backpropagation reaches {listed} directions of its hidden space"
+
+    def _smaller(
+        self, spaces: Spaces, bases: Mapping[int, Basis | None], saddles: Mapping[int, int]
+    ) -> dict[int, Basis]:
+        """The bases that are worth taking: of less than all, but not of nothing.
+
+        In half precision no change of coordinates is exact enough to be told from rounding.
+        """
+        return {
+            i: basis
+            for i, basis in bases.items()
+            if basis is not None
+            and (basis.rank or i in saddles)
+            and basis.rank < spaces.found[i].dimension
+            and all(
+                self.tree.leaves[p.leaf].dtype in (np.float32, np.float64)
+                for p in spaces.found[i].places
+            )
+        }
 
     def _refuse_saddles(self, spaces: Spaces, saddles: Mapping[int, int], reached: Reached) -> None:
         for number, needed in saddles.items():
@@ -299,22 +376,6 @@ def _rows(spaces: Spaces, arrays: Mapping[int, Any]) -> dict[int, Any]:
         i: space.source.rows(arrays[space.source.argument])
         for i, space in enumerate(spaces.found)
         if space.source is not None and space.source.argument in arrays
-    }
-
-
-def _smaller(
-    spaces: Spaces, bases: Sequence[Basis | None], leaves: Sequence[Any]
-) -> dict[int, Basis]:
-    """The spaces that are worth reducing: not all of them is reached, and not nothing.
-
-    In half precision no change of coordinates is exact enough to be told from rounding.
-    """
-    return {
-        i: basis
-        for i, (space, basis) in enumerate(zip(spaces.found, bases, strict=True))
-        if basis is not None
-        and 0 < basis.rank < space.dimension
-        and all(leaves[p.leaf].dtype in (np.float32, np.float64) for p in space.places)
     }
 
 

@@ -4,13 +4,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from fcjax.expressions import Expr
 from fcjax.names import short_names
 from fcjax.plan import Change, Plan
+from fcjax.reduction import Reduction
 from fcjax.render import lines
 from fcjax.trace import Value, nested_bodies
 from fcjax.written import handed_over
@@ -29,8 +29,9 @@ class Row:
       path: where it is, such as ``Dense_0/kernel``.
       shape: its shape.
       reduced_shape: the shape in which it is trained, or None if it is not.
-      rule: ``"collapse"`` if it is multiplied into an effective weight, ``"train"`` if it is left
-        as it is.
+      rule: ``"fold"`` if it follows from another leaf and is not trained, ``"compress"`` if it is
+        trained in fewer coordinates, ``"collapse"`` if it is multiplied into an effective weight,
+        ``"train"`` if it is left as it is.
       exactness: for which optimizers the result equals backpropagation's.
       reason: one sentence.
     """
@@ -43,22 +44,33 @@ class Row:
     reason: str
 
 
-def rows(plan: Plan, paths: Sequence[str], avals: Sequence[Any]) -> tuple[Row, ...]:
+def rows(plan: Plan, reduction: Reduction) -> tuple[Row, ...]:
     """One row for each leaf."""
+    paths = reduction.tree.paths
     found = _Findings(plan, dict(zip(plan.body.inputs, paths, strict=False)))
     return tuple(
-        _row(path, aval, value, found)
-        for path, aval, value in zip(paths, avals, plan.body.inputs, strict=False)
+        _row(leaf, value, found, reduction)
+        for leaf, value in zip(range(len(paths)), plan.body.inputs, strict=False)
     )
 
 
-def _row(path: str, aval: Any, value: Value, found: "_Findings") -> Row:
-    shape = tuple(aval.shape)
-    if not jnp.issubdtype(aval.dtype, jnp.inexact):
-        reason = f"not trained: its dtype is {aval.dtype.name}; kept in fc.contributions"
+def _row(leaf: int, value: Value, found: "_Findings", reduction: Reduction) -> Row:
+    path = reduction.tree.paths[leaf]
+    array = reduction.tree.leaves[leaf]
+    shape, reduced = tuple(np.shape(array)), reduction.reduced_shape(leaf)
+    if not reduction.tree.trained[leaf]:
+        reason = f"not trained: its dtype is {array.dtype.name}; kept in fc.contributions"
         return Row(path, shape, None, "train", "any optimizer", reason)
-    rule = "collapse" if path in found.collapsed or path in found.cancelled else "train"
-    return Row(path, shape, shape, rule, "any optimizer", found.reason(path, value))
+    collapses = path in found.collapsed or path in found.cancelled
+    reasons = [found.reason(path, value)]
+    if leaf in reduction.reasons:
+        reasons.insert(0 if reduction.rule(leaf) else 1, reduction.reasons[leaf])
+    rule, exactness = reduction.rule(leaf) or (
+        "collapse" if collapses else "train", "any optimizer"
+    )  # fmt: skip
+    if rule == "fold" or (rule == "compress" and not collapses):
+        reasons = reasons[:1]
+    return Row(path, shape, reduced, rule, exactness, "; ".join(reasons))
 
 
 class _Findings:
@@ -181,37 +193,65 @@ def _names_of(
 # --- printing -----------------------------------------------------------------------------------
 
 
-def text(plan: Plan, paths: Sequence[str], avals: Sequence[Any]) -> str:
+def text(plan: Plan, reduction: Reduction) -> str:
     """The whole report: sizes, the effective expression, and the leaves left alone."""
-    listed = rows(plan, paths, avals)
-    weights = sum(math.prod(r.shape) for r in listed if r.reduced_shape is not None)
+    paths = reduction.tree.paths
+    listed = rows(plan, reduction)
     names = short_names(paths)
-    taken = [row for row in listed if row.rule == "collapse"]
+    bases = reduction.sources_in(plan.body.inputs)
+    called = {v: names[p] for v, p in zip(plan.body.inputs, paths, strict=False)}
+    called |= {value: f"S{i + 1}" for i, value in enumerate(bases)}
+    arguments = plan.body.inputs[len(paths) : len(plan.body.inputs) - len(bases)]
     head = [
-        f"fcjax: {len(taken)} of {len(listed)} leaves collapsed into effective weights; "
-        f"{weights:,} weights trained, as before",
+        f"fcjax: {counted(listed)}; {_weights(listed)}",
         f"step FLOPs {_rounded(plan.before.flops)} as written, "
-        f"{_rounded(plan.after.flops)} folded, for inputs {_inputs(plan, len(paths))}; "
-        "exact for any optimizer",
+        f"{_rounded(plan.after.flops)} folded, for inputs {_inputs(arguments)}; "
+        f"exact for {'any' if reduction.is_trivial else 'this'} optimizer",
     ]
-    body = lines(plan, {v: names[p] for v, p in zip(plan.body.inputs, paths, strict=False)})
-    left = [row for row in listed if row.rule == "train"]
-    tail = [f"  {names[row.path]}: {row.reason}" for row in left[:MOST_LEAVES]]
-    if len(left) > MOST_LEAVES:
-        tail.append(f"  and {len(left) - MOST_LEAVES} more; see fc.report")
-    sections = [head, ["", "effective expression", *body]]
-    if tail:
-        sections.append(["", "left as they are", *tail])
+    sections = [head, ["", "effective expression", *lines(plan, called)]]
+    for title, rules in (("fewer weights", ("fold", "compress")), ("left as they are", ("train",))):
+        chosen = [row for row in listed if row.rule in rules]
+        if chosen:
+            sections.append(["", title, *_listed(chosen, names)])
     return "\n".join(itertools.chain(*sections))
+
+
+def counted(listed: Sequence[Row]) -> str:
+    """How many leaves each rule treats."""
+    of = {
+        name: sum(row.rule == rule for row in listed)
+        for rule, name in (("fold", "folded away"), ("compress", "compressed"))
+    }
+    collapsed = sum(row.rule == "collapse" for row in listed)
+    parts = [f"{collapsed} of {len(listed)} leaves collapsed into effective weights"]
+    return ", ".join(parts + [f"{count} {name}" for name, count in of.items() if count])
+
+
+def _weights(listed: Sequence[Row]) -> str:
+    trained = [row for row in listed if row.rule != "train" or row.reduced_shape is not None]
+    before = sum(math.prod(row.shape) for row in trained)
+    after = sum(math.prod(r.reduced_shape) for r in trained if r.reduced_shape is not None)
+    return f"{after:,} weights trained, {'as' if after == before else f'{before:,}'} before"
+
+
+def _listed(chosen: Sequence[Row], names: Mapping[str, str]) -> list[str]:
+    printed = [f"  {names[row.path]}: {_sizes(row)}{row.reason}" for row in chosen[:MOST_LEAVES]]
+    if len(chosen) > MOST_LEAVES:
+        printed.append(f"  and {len(chosen) - MOST_LEAVES} more; see fc.report")
+    return printed
+
+
+def _sizes(row: Row) -> str:
+    if row.rule != "compress" or row.reduced_shape is None:
+        return ""
+    return f"{list(row.shape)} -> {list(row.reduced_shape)}; "
 
 
 MOST_LEAVES = 40
 
 
-def _inputs(plan: Plan, params: int) -> str:
-    return (
-        ", ".join(v.aval.str_short(short_dtypes=True) for v in plan.body.inputs[params:]) or "none"
-    )
+def _inputs(arguments: Sequence[Value]) -> str:
+    return ", ".join(v.aval.str_short(short_dtypes=True) for v in arguments) or "none"
 
 
 def _rounded(number: float) -> str:

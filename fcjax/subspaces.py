@@ -130,7 +130,8 @@ def change(array: Any, piece: int, matrix: Any, depth: int = 0) -> Any:
     order = [*range(depth), *rest, piece]
     moved = array.transpose(order)
     slices, old, new = matrix.shape
-    made = (moved.reshape(slices, -1, old) @ matrix).reshape(*moved.shape[:-1], new)
+    count = math.prod(moved.shape[:-1]) // slices
+    made = (moved.reshape(slices, count, old) @ matrix).reshape(*moved.shape[:-1], new)
     return made.transpose(np.argsort(order))
 
 
@@ -260,7 +261,8 @@ class _Growth:
                 array = change(
                     array, piece, columns, self.lead(place.leaf, self.spaces.found[number])
                 )
-        rows = np.moveaxis(array, place.piece, -1).reshape(slices, -1, space.dimension)
+        rows = np.moveaxis(array, place.piece, -1)
+        rows = rows.reshape(slices, rows[..., 0].size // slices, space.dimension)
         return rows / (weights.scales[place.piece] or 1.0)
 
 

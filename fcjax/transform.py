@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
@@ -132,13 +133,14 @@ class FrontContribution:
         self._compiled: dict[Hashable, _Compiled] = {}
         call = _Call.of(example_args, {})
         body, out_structure = self._trace(self._avals, call)
+        self._reduction = nothing(self._tree)
         network = self._written(body, call)
         check.outputs(network.body, network.known)
-        self._reduction = nothing(self._tree)
         if optimizer is not None:
             given = check.data(data, call.arrays)
             self._reduction = reduction(network, self._tree, optimizer, given)
-        self._example = self._planned(network, out_structure)
+            self._reduction.refuse_outside(call.arrays)
+        self._example = self._planned(self._written(body, call), out_structure)
         self._compiled[self._key(self._avals, call)] = self._example
         self.contributions: dict[str, Any] = {
             "constants": tuple(array for _, array in body.constants),
@@ -164,7 +166,9 @@ class FrontContribution:
           what ``apply_fn`` returns.
 
         Raises:
-          FrontContributionError: if ``params`` has another structure or shapes.
+          FrontContributionError: if ``params`` has another structure or shapes, if this call reads
+            a compressed layer in another way than the example did, or if known inputs leave the
+            span of ``data``.
 
         Example:
           >>> import jax.numpy as jnp, fcjax
@@ -174,6 +178,7 @@ class FrontContribution:
         """
         leaves = self._leaves(params, self.contributions["frozen"])
         call = _Call.of(args, kwargs)
+        self._reduction.refuse_outside(call.arrays)
         running = self._reduction.running(leaves, self.contributions)
         compiled = self._compile(running, call)
         if compiled.plan.is_trivial:  # nothing to gain: the network runs exactly as written
@@ -254,7 +259,8 @@ class FrontContribution:
           parameters of the structure of ``fc.params``.
 
         Raises:
-          FrontContributionError: if ``full_params`` has another structure or shapes.
+          FrontContributionError: if ``full_params`` has another structure or shapes, or differs
+            from the initial parameters where nothing is trained.
 
         Example:
           >>> import jax.numpy as jnp, fcjax
@@ -266,6 +272,7 @@ class FrontContribution:
         leaves = jax.tree.leaves(full_params)
         check.shapes(leaves, [a.shape for a in self._avals], self.paths)
         reduced = self._reduction.reduce(leaves, self.contributions)
+        self._reduction.refuse_elsewhere(leaves, reduced)
         return jax.tree.unflatten(self._tree.structure, reduced)
 
     def _leaves(self, params: PyTree, frozen: Sequence[Any]) -> list[Any]:
@@ -316,7 +323,11 @@ class FrontContribution:
         return trace.flatten(jaxpr), jax.tree.structure(shapes)
 
     def _written(self, body: Body, call: "_Call") -> Written:
-        of_params = [PARAM if t else FROZEN for t in self._tree.trained]
+        followers = self._reduction.followers
+        of_params = [
+            PARAM if trained and leaf not in followers else FROZEN
+            for leaf, trained in enumerate(self._tree.trained)
+        ]
         return written(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))])
 
     def _planned(self, network: Written, out_structure: Any) -> "_Compiled":
@@ -344,14 +355,13 @@ class FrontContribution:
           >>> fc.report[0].rule
           'train'
         """
-        return reporting.rows(self._example.plan, self.paths, self._avals)
+        return reporting.rows(self._example.plan, self._reduction)
 
     def __str__(self) -> str:
-        return reporting.text(self._example.plan, self.paths, self._avals)
+        return reporting.text(self._example.plan, self._reduction)
 
     def __repr__(self) -> str:
-        taken = sum(row.rule == "collapse" for row in self.report)
-        return f"FrontContribution({taken} of {len(self.paths)} leaves collapsed)"
+        return f"FrontContribution({reporting.counted(self.report)})"
 
 
 # --- one traced and planned call ----------------------------------------------------------------
@@ -418,11 +428,15 @@ def _tree(params: PyTree) -> Tree:
 def _require_folded(fc: FrontContribution) -> None:
     left = reporting.trained_before_final(fc.plan, fc.paths)
     if left:
-        sizes = {p: int(np.prod(a.shape)) for p, a in zip(fc.paths, fc._avals, strict=True)}
-        listed = ", ".join(f"{p} ({sizes[p]} degrees of freedom)" for p in left[:5])
+        sizes = {row.path: math.prod(row.reduced_shape or ()) for row in fc.report}
+        reasons = {fc.paths[leaf]: reason for leaf, reason in fc._reduction.reasons.items()}
+        listed = ", ".join(
+            f"{p} ({sizes[p]} degrees of freedom{': ' + reasons[p] if p in reasons else ''})"
+            for p in left[:5]
+        )
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         raise NotFoldableError(
             f"strict=True, but weights in front of the final layer keep training: {listed}{more}. "
-            "Collapsing makes their step cheaper and removes none of them. Leave strict at False "
-            "to train the network as it is."
+            "Collapsing and compressing make their step cheaper and remove none of them entirely. "
+            "Leave strict at False to train the network as it is."
         )

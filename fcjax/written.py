@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
+import jax.numpy as jnp
 
 from fcjax import compat, trace
 from fcjax import expressions as ex
@@ -152,7 +152,7 @@ def _count_readers(body: Body) -> dict[Value, int]:
 
 def _has_rule(equation: Equation) -> bool:
     avals: list[Any] = [out.aval for out in equation.source.outvars]
-    floats = all(np.dtype(a.dtype).kind == "f" or a.dtype.name == "bfloat16" for a in avals)
+    floats = all(jnp.issubdtype(a.dtype, jnp.floating) for a in avals)
     return floats and equation.name in RULES and not _sharded_by_hand(equation)
 
 
