@@ -32,6 +32,7 @@ class Compression:
       bases: the columns of the bases of those that are reduced, by number.
       shapes: the original shapes of the parameters that are reduced.
       rests: what lies outside the reachable spaces, of the parameters where that is not zero.
+      rows: for tables of which only some rows are ever read, those.
       rho: whether the norm of what lies outside is trained along, at ``[-1, ..., -1]`` of the
         parameter, for optimizers that read norms or shrink weights (the rho leaf).
       aligned: whether the bases select coordinates, which elementwise optimizers respect too.
@@ -41,6 +42,7 @@ class Compression:
     bases: Mapping[int, np.ndarray[Any, Any]]
     shapes: Mapping[int, tuple[int, ...]]
     rests: Mapping[int, np.ndarray[Any, Any]]
+    rows: Mapping[int, np.ndarray[Any, Any]] = dataclasses.field(default_factory=dict)
     rho: bool = False
     aligned: bool = False
 
@@ -66,10 +68,21 @@ class Compression:
 
     def reduced_shape(self, leaf: int) -> tuple[int, ...]:
         """The shape in which a parameter is trained."""
+        if leaf in self.rows:
+            return (len(self.rows[leaf]) + self._has_rho(leaf), *self.shapes[leaf][1:])
         pieces = list(itertools.chain.from_iterable(self.spaces.splits[leaf]))
         for piece, number in self.on(leaf).items():
             pieces[piece] = self.size(number)
         return _merged(pieces, self.spaces.splits[leaf])
+
+    def _has_rho(self, leaf: int) -> bool:
+        return self.rho and leaf in self.rests
+
+    def places(self, leaf: int) -> np.ndarray[Any, Any]:
+        """For each row of a table where it is trained; the number of rows there if it is not."""
+        found = np.full(self.shapes[leaf][0], self.reduced_shape(leaf)[0], np.int32)
+        found[self.rows[leaf]] = np.arange(len(self.rows[leaf]))
+        return found
 
     def padded(self) -> dict[int, np.ndarray[Any, Any]]:
         """The bases as ``reduce`` and ``expand`` take them: with a column of zeros for rho."""
@@ -90,18 +103,26 @@ class Compression:
 
     def reduce(self, leaf: int, array: Array, bases: Mapping[int, Array], rest: Array) -> Array:
         """A parameter in the coordinates of its spaces."""
-        pieces = array.reshape(list(itertools.chain.from_iterable(self.spaces.splits[leaf])))
-        for piece, number in self.on(leaf).items():
-            pieces = change(pieces, piece, bases[number], self._lead(leaf, number))
-        reduced = pieces.reshape(self.reduced_shape(leaf))
+        reduced = self._chosen(leaf, array, bases)
         if rest is None or not self.rho:
             return reduced
         norm = np.linalg.norm(self.rests[leaf])
         corner = (-1,) * reduced.ndim
         return jnp.asarray(reduced).at[corner].set(jnp.vdot(rest, array) / norm)
 
-    def expand(self, leaf: int, array: Array, bases: Mapping[int, Array], rest: Array) -> Array:
-        """The inverse: the parameter as backpropagation would have trained it."""
+    def _chosen(self, leaf: int, array: Array, bases: Mapping[int, Array]) -> Array:
+        if leaf in self.rows:
+            chosen = array[self.rows[leaf]]
+            return jnp.pad(chosen, [(0, self._has_rho(leaf)), *[(0, 0)] * (array.ndim - 1)])
+        pieces = array.reshape(list(itertools.chain.from_iterable(self.spaces.splits[leaf])))
+        for piece, number in self.on(leaf).items():
+            pieces = change(pieces, piece, bases[number], self._lead(leaf, number))
+        return pieces.reshape(self.reduced_shape(leaf))
+
+    def _restored(self, leaf: int, array: Array, bases: Mapping[int, Array]) -> Array:
+        if leaf in self.rows:
+            rows = self.rows[leaf]
+            return jnp.zeros(self.shapes[leaf], array.dtype).at[rows].set(array[: len(rows)])
         pieces = list(itertools.chain.from_iterable(self.spaces.splits[leaf]))
         for piece, number in self.on(leaf).items():
             pieces[piece] = self.size(number)
@@ -109,7 +130,11 @@ class Compression:
         for piece, number in self.on(leaf).items():
             back = bases[number].transpose(0, 2, 1)
             full = change(full, piece, back, self._lead(leaf, number))
-        full = full.reshape(self.shapes[leaf])
+        return full.reshape(self.shapes[leaf])
+
+    def expand(self, leaf: int, array: Array, bases: Mapping[int, Array], rest: Array) -> Array:
+        """The inverse: the parameter as backpropagation would have trained it."""
+        full = self._restored(leaf, array, bases)
         if rest is None:
             return full
         norm = np.linalg.norm(self.rests[leaf])
@@ -120,22 +145,32 @@ class Compression:
         return sum(len(sizes) for sizes in self.spaces.splits[leaf][:depth])
 
 
-def compression(spaces: Spaces, bases: Mapping[int, Basis], arrays: Sequence[Any]) -> Compression:
-    """Parameters reduced to the given bases, without rho.
+def compression(
+    spaces: Spaces,
+    bases: Mapping[int, Basis],
+    rows: Mapping[int, np.ndarray[Any, Any]],
+    arrays: Sequence[Any],
+) -> Compression:
+    """Parameters reduced to the given bases and rows, without rho.
 
     Args:
       spaces: the spaces of the network.
       bases: a basis for each space to be reduced.
+      rows: the rows of each table that are kept.
       arrays: the initial values of the parameters.
     """
     columns = {number: basis.columns for number, basis in bases.items()}
-    leaves = sorted({p.leaf for number in bases for p in spaces.found[number].places})
+    leaves = sorted({p.leaf for number in bases for p in spaces.found[number].places} | set(rows))
     shapes = {leaf: tuple(np.shape(arrays[leaf])) for leaf in leaves}
-    made = Compression(spaces, columns, shapes, {})
+    made = Compression(spaces, columns, shapes, {}, rows)
     rests = {}
     for leaf in leaves:
         wide = np.asarray(arrays[leaf], np.float64)
-        rest = wide - made.expand(leaf, made.reduce(leaf, wide, columns, None), columns, None)
+        if leaf in rows:
+            rest = wide.copy()
+            rest[rows[leaf]] = 0.0
+        else:
+            rest = wide - made.expand(leaf, made.reduce(leaf, wide, columns, None), columns, None)
         limit = RESTS * made_with(arrays[leaf]) * np.linalg.norm(wide)
         if np.linalg.norm(rest) > limit:
             rests[leaf] = rest

@@ -39,6 +39,14 @@ _MOVES = 16
 # Decay has to be seen in a norm that is compared with 1, even if it is weak.
 _REST_SIZE = 1e3
 
+# Adafactor treats a leaf differently if two of its axes are as long as this. Stand-ins that are as
+# long too are tried if the small ones are not treated as the real leaves are, up to so many entries
+# in a tree.
+_THRESHOLD = 128
+_LARGEST_TREE = 2_000_000
+
+_BY_SIZE = "it treats leaves differently at their real sizes"
+
 # An optimizer that returns new weights minus old ones returns their rounding error too, in units
 # of eps times the largest weight.
 _ROUNDING_UNITS = 16
@@ -175,8 +183,12 @@ def experiment(
       >>> experiment(decay, structure, changes, rho=True).exact
       True
     """
-    pair = _Pair(structure, _stand_ins(changes, rho))
-    return _tried(optimizer, pair, restored=True, changes=changes)
+    verdict = _tried(optimizer, _stand_ins(structure, changes, rho), restored=True, changes=changes)
+    if verdict.reason == _BY_SIZE:
+        larger = _stand_ins(structure, changes, rho, past=_THRESHOLD)
+        if larger.size <= _LARGEST_TREE:
+            return _tried(optimizer, larger, restored=True, changes=changes)
+    return verdict
 
 
 def _tried(
@@ -199,7 +211,7 @@ def _tried(
         with jax.enable_x64(True), jax.default_device(_cpu()):
             verdict = _judged(_trained(optimizer, pair), pair, restored)
             if verdict.exact and changes and _depends_on_sizes(optimizer, pair, changes):
-                return Verdict(False, np.inf, "it treats leaves differently at their real sizes")
+                return Verdict(False, np.inf, _BY_SIZE)
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         reason = f"it could not be run on this tree: {type(error).__name__}: {first_line}"
@@ -353,6 +365,11 @@ class _Pair:
         """The numbers of the leaves that shrink or are followed."""
         followed = {leaf.survivor for leaf in self.leaves if isinstance(leaf, _Copy)}
         return sorted(followed | {n for n, leaf in self._trained if leaf.shrinks})
+
+    @property
+    def size(self) -> int:
+        """The number of entries of the full tree, without the copies."""
+        return sum(leaf.rest.size for _, leaf in self._trained)
 
     def weights(self) -> tuple[Any, Any]:
         """The full and the reduced tree of weights."""
@@ -576,34 +593,39 @@ def _relative(difference: np.ndarray, size: np.ndarray, noise: float) -> float:
     return _size(np.maximum(difference - noise, 0.0) / np.where(recent > 0, recent, 1.0))
 
 
-def _stand_ins(changes: Sequence[Change], rho: bool) -> list[_Leaf]:
-    """Small leaves with as many axes as the real ones."""
+def _stand_ins(
+    structure: jax.tree_util.PyTreeDef,
+    changes: Sequence[Change],
+    rho: bool,
+    past: int | None = None,
+) -> _Pair:
+    """Small leaves with as many axes as the real ones, those past a threshold past it as well."""
     leaves: list[_Leaf] = []
     for number, (change, shape) in enumerate(zip(changes, _shapes(changes), strict=True)):
+        axes = change.axes if isinstance(change, Shrinks) else (False,) * len(shape)
+        sizes = _stand_in_sizes(shape, axes, past or max(shape, default=0) + 1)
         match change:
             case Follows(survivor):
-                sizes = _stand_in_sizes(shape)
                 leaves.append(_copy(survivor, [full for full, _ in sizes], number))
-            case Shrinks(_, axes, rest, aligned):
-                sizes = _stand_in_sizes(shape, axes)
+            case Shrinks(_, _, rest, aligned):
                 leaves.append(_embedded(sizes, rest=rest, aligned=aligned, rho=rho))
             case Stays():
-                leaves.append(_embedded(_stand_in_sizes(shape)))
-    return leaves
+                leaves.append(_embedded(sizes))
+    return _Pair(structure, leaves)
 
 
-def _stand_in_sizes(shape: Sequence[int], axes: Sequence[bool] = ()) -> list[tuple[int, int]]:
+def _stand_in_sizes(shape: Sequence[int], axes: Sequence[bool], past: int) -> list[tuple[int, int]]:
     """Sizes of stand-ins, full and reduced, for the axes of a leaf of which some are compressed.
 
     A tall matrix stays tall, since its rule may be another one than a wide one's (Muon). If both
     axes are compressed the order is turned round, so that a rate by the axes' ratio is not missed.
     """
-    compressed = axes or (False,) * len(shape)
     by_size = sorted(range(len(shape)), key=lambda axis: shape[axis])
     sizes = [(size, size) for size in shape]
     for rank, axis in enumerate(axis for axis in by_size if shape[axis] > 1):
-        full = 6 + 2 * rank
-        sizes[axis] = (full, max(2, 4 - rank) if compressed[axis] else full)
+        full = 6 + 2 * rank + (past if shape[axis] >= past else 0)
+        kept = min(full, shape[axis])
+        sizes[axis] = (full, max(2, 4 - rank)) if axes[axis] else (kept, kept)
     return sizes
 
 

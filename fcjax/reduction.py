@@ -1,6 +1,6 @@
 """Which parameters are trained, in which coordinates, and how the others follow from them.
 
-The rules "fold" and "compress" propose, the experiment with the user's optimizer decides.
+What the rules of ``rules.py`` chose, as functions between the two.
 """
 
 import dataclasses
@@ -12,16 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcjax import fold
-from fcjax.compress import Compression, compression
-from fcjax.equivariance import Change, Follows, Shrinks, Stays, Verdict, experiment
+from fcjax.compress import Compression
 from fcjax.errors import FrontContributionError
-from fcjax.spaces import Spaces, find
-from fcjax.subspaces import Basis, Reached, made_with, outside, reach, span, used
+from fcjax.subspaces import made_with, outside
 from fcjax.trace import Value
-from fcjax.written import Written
 
-__all__ = ["Reduction", "Tree", "nothing", "reduction"]
+__all__ = ["Reduction", "Tree", "nothing"]
 
 OUTSIDE = 10.0
 """How far inputs may leave the span of the data, in units of their tolerance."""
@@ -98,14 +94,15 @@ class Reduction:
         dtypes = [jnp.result_type(leaf) for leaf in self.tree.leaves]
         signs = {names[k]: jnp.asarray(by, dtypes[k]) for k, (_, by) in self.followers.items()}
         if self.compression is None:
-            return {"signs": signs, "bases": {}, "rests": {}}
+            return {"signs": signs, "bases": {}, "rests": {}, "places": {}}
         found = self.compression.spaces.found
         bases = {
             str(number): jnp.asarray(array, dtypes[found[number].places[0].leaf])
             for number, array in self.compression.padded().items()
         }
         rests = {names[k]: jnp.asarray(a, dtypes[k]) for k, a in self.compression.rests.items()}
-        return {"signs": signs, "bases": bases, "rests": rests}
+        places = {names[k]: jnp.asarray(self.compression.places(k)) for k in self.compression.rows}
+        return {"signs": signs, "bases": bases, "rests": rests, "places": places}
 
     def running(self, leaves: Sequence[Array], contributions: Contributions) -> list[Array]:
         """What the network in reduced coordinates is given: followers from their survivors.
@@ -120,15 +117,18 @@ class Reduction:
         return made
 
     def sources_in(self, inputs: Sequence[Value]) -> Sequence[Value]:
-        """Which inputs of the reduced network are bases; they come last."""
-        count = len(self.compression.sources) if self.compression is not None else 0
+        """Which inputs of the reduced network are bases and places of rows; they come last."""
+        taken = self.compression
+        count = len(taken.sources) + len(taken.rows) if taken is not None else 0
         return inputs[len(inputs) - count :]
 
     def sources(self, contributions: Contributions) -> list[Array]:
-        """The bases through which parameters meet inputs, in the order of their spaces."""
+        """The bases through which parameters meet inputs, and the places of rows of tables."""
         if self.compression is None:
             return []
-        return [contributions["bases"][str(n)][0] for n in self.compression.sources]
+        bases = [contributions["bases"][str(n)][0] for n in self.compression.sources]
+        names = [self.tree.paths[leaf] for leaf in self.compression.rows]
+        return [*bases, *(contributions["places"][name] for name in names)]
 
     def refuse_outside(self, arguments: Sequence[Array]) -> None:
         """Checks that inputs, where their values are known, lie in the span of the data.
@@ -202,183 +202,3 @@ class Reduction:
 def nothing(tree: Tree, reasons: Mapping[int, str] | None = None) -> Reduction:
     """Every leaf trained as it is."""
     return Reduction(tree, {}, None, reasons or {})
-
-
-def reduction(
-    network: Written, tree: Tree, optimizer: Any, data: Mapping[int, np.ndarray[Any, Any]]
-) -> Reduction:
-    """The largest reduction that the optimizer allows.
-
-    Args:
-      network: the network as written.
-      tree: the parameters.
-      optimizer: the optax transformation that will train.
-      data: the training inputs for arguments that are known to span less than their space.
-
-    Raises:
-      FrontContributionError: if the initial values stand at a saddle of a hidden space.
-    """
-    chooser = _Chooser(network, tree, optimizer)
-    return chooser.chosen(data)
-
-
-class _Chooser:
-    """Asks the rules for proposals and the optimizer for its verdict on them."""
-
-    def __init__(self, network: Written, tree: Tree, optimizer: Any) -> None:
-        self.network = network
-        self.tree = tree
-        self.optimizer = optimizer
-        self.reasons: dict[int, str] = {}
-
-    def chosen(self, data: Mapping[int, np.ndarray[Any, Any]]) -> Reduction:
-        followers = self._folds()
-        compressed = self._compressed(data)
-        both = Reduction(self.tree, followers, compressed, self.reasons)
-        if followers and compressed is not None and not self._verdict(both).exact:
-            return dataclasses.replace(both, followers={})
-        return both
-
-    def _verdict(self, proposed: Reduction) -> Verdict:
-        numbers = [i for i, trained in enumerate(self.tree.trained) if trained]
-        changes = [_change(proposed, leaf, numbers) for leaf in numbers]
-        kept = [x if t else None for x, t in zip(self.tree.leaves, self.tree.trained, strict=True)]
-        structure = jax.tree.structure(jax.tree.unflatten(self.tree.structure, kept))
-        rho = proposed.compression is not None and proposed.compression.rho
-        return experiment(self.optimizer, structure, changes, rho=rho)
-
-    # --- fold ---
-
-    def _folds(self) -> dict[int, tuple[int, np.ndarray[Any, Any]]]:
-        chains, refused = fold.chains(self.network, len(self.tree.paths))
-        self.reasons |= refused
-        followers: dict[int, tuple[int, np.ndarray[Any, Any]]] = {}
-        for chain in chains:
-            signs = self._signs(chain)
-            followers |= {leaf: (chain.survivor, by) for leaf, by in signs.items()}
-        if not followers:
-            return {}
-        verdict = self._verdict(Reduction(self.tree, followers, None, {}))
-        if verdict.exact:
-            self.reasons |= {
-                leaf: f"equals {self.tree.paths[survivor]} up to signs at every step, as it does "
-                "initially; never updated"
-                for leaf, (survivor, _) in followers.items()
-            }
-            return followers
-        self.reasons |= {
-            leaf: "an elementwise factor that could follow "
-            f"{self.tree.paths[survivor]}, but with this optimizer {verdict.reason}"
-            for leaf, (survivor, _) in followers.items()
-        }
-        return {}
-
-    def _signs(self, chain: fold.Chain) -> dict[int, np.ndarray[Any, Any]]:
-        """The signs of all followers of a chain; nothing if any magnitude differs."""
-        last = np.asarray(self.tree.leaves[chain.survivor])
-        signs = {k: fold.signs(last, np.asarray(self.tree.leaves[k])) for k in chain.followers}
-        if any(by is None for by in signs.values()):
-            name = self.tree.paths[chain.survivor]
-            self.reasons |= {
-                k: f"an elementwise factor, but its initial magnitudes differ from those of {name} "
-                f"by up to {fold.mismatch(last, np.asarray(self.tree.leaves[k])):.1g} of their "
-                "size; initialise them with equal magnitudes to fold it away"
-                for k in signs
-            }
-            return {}
-        return {leaf: by for leaf, by in signs.items() if by is not None}
-
-    # --- compress ---
-
-    def _compressed(self, data: Mapping[int, np.ndarray[Any, Any]]) -> Compression | None:
-        """The first of the compressions, from large to small, that the optimizer allows."""
-        spaces = find(self.network, len(self.tree.paths), sorted(data))
-        rows = _rows(spaces, data)
-        given = {i: span(inputs) for i, inputs in rows.items()}
-        reached = reach(spaces, self.tree.leaves, given)
-        zeros = {i: used(inputs) for i, inputs in rows.items()}
-        smaller = self._smaller(spaces, dict(enumerate(reached.bases)), reached.saddles)
-        aligned = self._smaller(spaces, zeros, {})
-        reasons: dict[int, str] = {}
-        for bases, is_aligned in ((smaller, False), (aligned, True)):
-            proposed = compression(spaces, bases, self.tree.leaves)
-            for rho in (False, True) if proposed.rests else (False,):
-                tried = dataclasses.replace(proposed, rho=rho, aligned=is_aligned)
-                if not bases or not _saves(tried):
-                    continue
-                verdict = self._verdict(Reduction(self.tree, {}, tried, {}))
-                if verdict.exact:
-                    self._refuse_saddles(spaces, {} if is_aligned else reached.saddles, reached)
-                    self._explain(tried)
-                    return tried
-                reasons |= dict.fromkeys(tried.shapes, verdict.reason)
-        self.reasons |= {
-            leaf: f"could be trained in fewer coordinates, but with this optimizer {reason}"
-            for leaf, reason in reasons.items()
-        }
-        return None
-
-    def _explain(self, taken: Compression) -> None:
-        for leaf in taken.shapes:
-            parts = sorted({(taken.size(n), taken.spaces.found[n].dimension)
-                            for n in taken.on(leaf).values()})  # fmt: skip
-            listed = " and ".join(f"{size} of {dimension}" for size, dimension in parts)
-            self.reasons[leaf] = f"backpropagation reaches {listed} directions of its hidden space"
-
-    def _smaller(
-        self, spaces: Spaces, bases: Mapping[int, Basis | None], saddles: Mapping[int, int]
-    ) -> dict[int, Basis]:
-        """The bases that are worth taking: of less than all, but not of nothing.
-
-        In half precision no change of coordinates is exact enough to be told from rounding.
-        """
-        return {
-            i: basis
-            for i, basis in bases.items()
-            if basis is not None
-            and (basis.rank or i in saddles)
-            and basis.rank < spaces.found[i].dimension
-            and all(
-                self.tree.leaves[p.leaf].dtype in (np.float32, np.float64)
-                for p in spaces.found[i].places
-            )
-        }
-
-    def _refuse_saddles(self, spaces: Spaces, saddles: Mapping[int, int], reached: Reached) -> None:
-        for number, needed in saddles.items():
-            basis = reached.bases[number]
-            rank = spaces.found[number].dimension if basis is None else min(basis.ranks)
-            names = sorted({self.tree.paths[p.leaf] for p in spaces.found[number].places})
-            raise FrontContributionError(
-                f"the initial values of {', '.join(names)} stand at a saddle: they reach {rank} of "
-                f"the {needed} directions of their hidden space that the layers around it can "
-                "use, and backpropagation would find the others by its rounding noise alone. "
-                "Initialise them with full rank, or leave optimizer= out, which only collapses."
-            )
-
-
-def _change(proposed: Reduction, leaf: int, numbers: Sequence[int]) -> Change:
-    """What happens to a leaf, for the experiment; ``numbers`` are the leaves that are trained."""
-    shape = tuple(np.shape(proposed.tree.leaves[leaf]))
-    if leaf in proposed.followers:
-        return Follows(numbers.index(proposed.followers[leaf][0]))
-    taken = proposed.compression
-    if taken is None or leaf not in taken.shapes:
-        return Stays(shape)
-    reduced = taken.reduced_shape(leaf)
-    axes = tuple(a != b for a, b in zip(shape, reduced, strict=True))
-    return Shrinks(shape, axes, leaf in taken.rests, taken.aligned)
-
-
-def _rows(spaces: Spaces, arrays: Mapping[int, Any]) -> dict[int, Any]:
-    """The inputs of each space of inputs, as rows."""
-    return {
-        i: space.source.rows(arrays[space.source.argument])
-        for i, space in enumerate(spaces.found)
-        if space.source is not None and space.source.argument in arrays
-    }
-
-
-def _saves(taken: Compression) -> bool:
-    """Whether the coordinate of rho leaves anything to gain."""
-    return all(taken.size(n) < taken.spaces.found[n].dimension for n in taken.bases)

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
+from fcjax import lookups
 from fcjax.compress import Compression
 from fcjax.errors import FrontContributionError
 from fcjax.expressions import Expr, Factor, Label
@@ -27,8 +29,8 @@ Owners = Mapping[Value, tuple[int, int]]
 def rewritten(network: Written, compression: Compression, names: Sequence[str]) -> Written:
     """The network in reduced coordinates.
 
-    Its inputs are the reduced parameters, the arguments, and the bases of spaces of inputs, in the
-    order of their numbers.
+    Its inputs are the reduced parameters, the arguments, the bases of spaces of inputs, and the
+    places of the rows of tables.
 
     Args:
       network: the network as written, for any call.
@@ -44,10 +46,48 @@ def rewritten(network: Written, compression: Compression, names: Sequence[str]) 
     numbers = _matched(spaces, compression, names)
     writer = _Writer(spaces, numbers, compression, network.body.inputs[0].aval.dtype)
     owners = {v: (i, 0) for i, v in enumerate(network.body.inputs[: len(names)])}
-    made = writer.body(network, owners)
-    body = dataclasses.replace(made.body, inputs=(*made.body.inputs, *writer.bases.values()))
+    made = _with_tables(writer.body(network, owners), network, compression, names)
+    body = dataclasses.replace(made.body, inputs=_with_bases(made.body.inputs, writer, compression))
     known = made.known | dict.fromkeys(writer.bases.values(), CONSTANT)
     return dataclasses.replace(made, body=body, known=known)
+
+
+def _with_bases(
+    inputs: tuple[Value, ...], writer: "_Writer", compression: Compression
+) -> tuple[Value, ...]:
+    tables = len(compression.rows)
+    last = len(inputs) - tables
+    return (*inputs[:last], *writer.bases.values(), *inputs[last:])
+
+
+def _with_tables(
+    made: Written, network: Written, compression: Compression, names: Sequence[str]
+) -> Written:
+    """The network with its readings of whole tables replaced by those of the rows that are kept."""
+    found = lookups.find(network, len(names)) if compression.rows else {}
+    new: dict[Equation, Equation] = {}
+    now = dict(zip(network.body.equations, made.body.equations, strict=True))
+    places = []
+    for leaf in compression.rows:
+        places.append(_value((compression.shapes[leaf][0],), np.int32))
+        if leaf not in found and any(network.body.inputs[leaf] in e.values for e in now):
+            raise _misread({(leaf, 0)}, names)
+        for lookup in found.get(leaf, ()):
+            table = made.body.inputs[leaf]
+            new[now[lookup.equation]] = lookups.replaced(lookup, table, places[-1])
+    if not compression.rows:
+        return made
+    body = dataclasses.replace(
+        made.body,
+        inputs=(*made.body.inputs, *places),
+        equations=tuple(new.get(e, e) for e in made.body.equations),
+    )
+    return dataclasses.replace(
+        made,
+        body=body,
+        known=made.known | dict.fromkeys(places, CONSTANT),
+        boundaries=frozenset(new.get(e, e) for e in made.boundaries),
+    )
 
 
 def _matched(spaces: Spaces, compression: Compression, names: Sequence[str]) -> dict[int, int]:

@@ -17,9 +17,10 @@ from fcjax.errors import NotFoldableError
 from fcjax.names import path_name
 from fcjax.plan import Plan, folds_always, plan
 from fcjax.program import Program
-from fcjax.reduction import Tree, nothing, reduction
+from fcjax.reduction import Tree, nothing
 from fcjax.report import Row
 from fcjax.rewrite import rewritten
+from fcjax.rules import choose
 from fcjax.trace import Body, Kind
 from fcjax.written import Written, written
 
@@ -138,8 +139,7 @@ class FrontContribution:
         check.outputs(network.body, network.known)
         if optimizer is not None:
             given = check.data(data, call.arrays)
-            self._reduction = reduction(network, self._tree, optimizer, given)
-            self._reduction.refuse_outside(call.arrays)
+            self._reduction = choose(network, self._tree, optimizer, given, call.arrays)
         self._example = self._planned(self._written(body, call), out_structure)
         self._compiled[self._key(self._avals, call)] = self._example
         self.contributions: dict[str, Any] = {
