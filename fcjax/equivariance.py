@@ -39,11 +39,10 @@ _MOVES = 16
 # Decay has to be seen in a norm that is compared with 1, even if it is weak.
 _REST_SIZE = 1e3
 
-# Adafactor treats a leaf differently if two of its axes are as long as this. Stand-ins that are as
-# long too are tried if the small ones are not treated as the real leaves are, up to so many entries
-# in a tree.
+# Adafactor treats a leaf differently if two of its axes are as long as this. If small stand-ins are
+# not treated as the real leaves are, longer ones are tried, up to so many entries in a tree.
 _THRESHOLD = 128
-_LARGEST_TREE = 2_000_000
+_LARGEST_TREE = 500_000
 
 _BY_SIZE = "it treats leaves differently at their real sizes"
 

@@ -156,8 +156,112 @@ def test_unknown_option_lists_the_known_ones(argument, value):
     refused(f"{argument}.*{known}", apply_chain, chain_params(), X, **{argument: value})
 
 
-def test_data_is_not_available_yet():
-    refused("data", apply_chain, chain_params(), X, data=X)
+def test_data_needs_an_optimizer():
+    refused("optimizer", apply_chain, chain_params(), X, data=X)
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (jnp.ones((64, 5)), "shape"),
+        (jnp.full((64, 4), jnp.nan), "NaN"),
+        ((X, X), "2 arrays"),
+    ],
+)
+def test_unusable_data(data, match):
+    refused(match, apply_chain, chain_params(), X, data=data, optimizer=optax.sgd(0.1))
+
+
+def low_rank_inputs():
+    """Inputs that span three of eight dimensions, and one that lies elsewhere."""
+    basis, coordinates = zoo.weights((3, 8), (64, 3))
+    return coordinates @ basis, jnp.ones((64, 8))
+
+
+def apply_relu(params, x):
+    """A network whose first layer can only be compressed to the span of its inputs."""
+    return jax.nn.relu(x @ params["first"]) @ params["second"]
+
+
+def relu_params():
+    """Parameters of `apply_relu`."""
+    first, second = zoo.weights((8, 16), (16, 3))
+    return {"first": first, "second": second}
+
+
+def test_example_leaves_the_span_of_the_data():
+    inside, elsewhere = low_rank_inputs()
+    options = {"data": inside, "optimizer": optax.sgd(0.1)}
+    refused("first.*span|span.*first", apply_relu, relu_params(), elsewhere, **options)
+
+
+def test_known_input_of_a_call_leaves_the_span_of_the_data():
+    inside, elsewhere = low_rank_inputs()
+    fc = fcjax.front_contribute(
+        apply_relu, relu_params(), inside, data=inside, optimizer=optax.sgd(0.1)
+    )
+    with pytest.raises(fcjax.FrontContributionError, match="expand"):
+        fc.apply(fc.params, elsewhere)
+    np.testing.assert_allclose(
+        fc.apply(fc.params, 3 * inside[:5]), apply_relu(relu_params(), 3 * inside[:5]), rtol=1e-10
+    )
+
+
+def apply_embedding(params, ids):
+    """Two readings of a table."""
+    return jnp.tanh(params["table"][ids] + jnp.take(params["table"], ids // 2, axis=0)).sum(1)
+
+
+def test_example_reads_rows_that_the_data_do_not():
+    ids = jnp.arange(12).reshape(4, 3)
+    (table,) = zoo.weights((50, 4))
+    options = {"data": ids, "optimizer": optax.adam(0.1)}
+    refused("table", apply_embedding, {"table": table}, ids + 30, **options)
+
+
+def test_row_that_the_data_did_not_read_cannot_go_unseen():
+    ids = jnp.arange(12).reshape(4, 3)
+    (table,) = zoo.weights((50, 4))
+    fc = fcjax.front_contribute(
+        apply_embedding, {"table": table}, ids, data=ids, optimizer=optax.adam(0.1)
+    )
+    assert fc.params["table"].shape == (12, 4)
+    outputs = fc.apply(fc.params, ids.at[0, 0].set(40))
+    assert np.isnan(outputs[0]).all()
+    np.testing.assert_allclose(outputs[1:], apply_embedding({"table": table}, ids)[1:], rtol=1e-12)
+
+
+def test_full_parameters_that_training_cannot_reach():
+    wide = dict(zip(("first", "second"), zoo.weights((4, 64), (64, 3)), strict=True))
+    fc = fcjax.front_contribute(
+        lambda p, x: x @ p["first"] @ p["second"], wide, X, optimizer=optax.sgd(0.1)
+    )
+    with pytest.raises(fcjax.FrontContributionError, match="second"):
+        fc.reduce(jax.tree.map(lambda leaf: leaf[::-1], wide))
+
+
+def test_call_that_reads_a_compressed_space():
+    wide = dict(zip(("first", "second"), zoo.weights((4, 64), (64, 3)), strict=True))
+
+    def apply_fn(params, x, return_hidden=False):
+        hidden = x @ params["first"]
+        return hidden if return_hidden else hidden @ params["second"]
+
+    fc = fcjax.front_contribute(apply_fn, wide, X, optimizer=optax.sgd(0.1))
+    assert fc.params["first"].shape == (4, 7)
+    with pytest.raises(fcjax.FrontContributionError, match=r"first.*expand"):
+        fc.apply(fc.params, X, return_hidden=True)
+
+
+def test_saddle():
+    zeros = {"first": jnp.zeros((4, 16)), "second": jnp.zeros((16, 3))}
+    refused(
+        "first, second.*saddle",
+        lambda p, x: x @ p["first"] @ p["second"],
+        zeros,
+        X,
+        optimizer=optax.sgd(0.1),
+    )
 
 
 def test_strict_names_the_layers_that_stay():

@@ -1,14 +1,16 @@
-"""The four networks of the demo, as ordinary Flax modules, each with its optimizer."""
+"""The networks of the demo: ordinary Flax modules, and two plain functions."""
 
-import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 
+Network = tuple[Callable[..., jax.Array], Any]
+"""A pure function `apply_fn(params, inputs)`, and its first parameters."""
 PIXELS = 64
 ROWS = 8
 CLASSES = 10
@@ -17,14 +19,16 @@ CLASSES = 10
 class LinearBlocks(nn.Module):
     """Every layer over-parameterised by a chain of wider ones with nothing between them."""
 
+    wider: tuple[int, ...]
+
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits of shape `(batch, 10)` for images of shape `(batch, 64)`."""
         hidden = images
-        for width in (512, 512, 128):
+        for width in (*self.wider, 128):
             hidden = nn.Dense(width)(hidden)
         hidden = nn.relu(hidden)
-        for width in (512, 512, CLASSES):
+        for width in (*self.wider, CLASSES):
             hidden = nn.Dense(width)(hidden)
         return hidden
 
@@ -67,50 +71,69 @@ class RowTransformer(nn.Module):
 class ReluClassifier(nn.Module):
     """An ordinary network with a non-linearity after every layer, where nothing can be folded."""
 
+    hidden: tuple[int, ...]
+    classes: int
+
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits of shape `(batch, 10)` for images of shape `(batch, 64)`."""
-        hidden = images
-        for width in (256, 256):
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Logits of shape `(batch, classes)` for inputs of shape `(batch, features)`."""
+        hidden = inputs
+        for width in self.hidden:
             hidden = nn.relu(nn.Dense(width)(hidden))
-        return nn.Dense(CLASSES)(hidden)
+        return nn.Dense(self.classes)(hidden)
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One network to train both ways.
+def flax_network(model: nn.Module, features: int) -> Network:
+    """A Flax module as a pure function, and its first parameters."""
+    # This generator compiles in half the time of the default one.
+    key = jax.random.key(0, impl="unsafe_rbg")
+    variables = jax.jit(model.init)(key, jnp.zeros((2, features), jnp.float32))
+    state = {name: value for name, value in variables.items() if name != "params"}
 
-    Attributes:
-      name: what the table and the picture call it.
-      model: the Flax module.
-      optimizer: what trains it, in words and as an optax transformation.
-      timing_batch: images in the batch on which the step is timed.
-    """
+    def apply_fn(params, inputs):
+        # BatchNorm normalises with the batch at hand, so its running averages can be dropped.
+        outputs, _ = model.apply({"params": params, **state}, inputs, mutable=list(state))
+        return outputs
 
-    name: str
-    model: nn.Module
-    optimizer_name: str
-    optimizer: optax.GradientTransformation
-    timing_batch: int
-
-    def init(self) -> tuple[Callable[..., jax.Array], Any]:
-        """The network as a pure function `apply_fn(params, images)`, and its first parameters."""
-        variables = jax.jit(self.model.init)(jax.random.key(0), jnp.zeros((2, PIXELS)))
-        state = {name: value for name, value in variables.items() if name != "params"}
-
-        def apply_fn(params, images):
-            # BatchNorm normalises with the batch at hand, so its running averages can be dropped.
-            logits, _ = self.model.apply({"params": params, **state}, images, mutable=list(state))
-            return logits
-
-        return apply_fn, variables["params"]
+    return apply_fn, variables["params"]
 
 
-def tasks() -> list[Task]:
-    """The demo's networks, in the order in which they are shown."""
-    return [
-        Task("linear blocks", LinearBlocks(), "Adam", optax.adam(1e-3), 4096),
-        Task("BatchNorm branches", BatchNormBranches(), "momentum", optax.sgd(0.05, 0.9), 8192),
-        Task("pre-norm transformer", RowTransformer(), "AdamW", optax.adamw(2e-3), 1024),
-        Task("ReLU classifier", ReluClassifier(), "Adam", optax.adam(1e-3), 4096),
-    ]
+def deep_linear(kernels: list[np.ndarray]) -> Network:
+    """`x W_1 ... W_N` for inputs `x` of shape `(batch, features)`."""
+
+    def apply_fn(params, inputs):
+        for kernel in params:
+            inputs = inputs @ kernel
+        return inputs
+
+    return apply_fn, kernels
+
+
+def orthogonal(*widths: int) -> list[np.ndarray]:
+    """Kernels between layers of these widths, each with orthonormal rows or columns."""
+    generator = np.random.default_rng(0)
+    return [_orthonormal(generator, *pair) for pair in itertools.pairwise(widths)]
+
+
+def balanced(*widths: int) -> list[np.ndarray]:
+    r"""Kernels with \(W_j^T W_j = W_{j+1} W_{j+1}^T\), whose product is a Gaussian matrix."""
+    generator, depth = np.random.default_rng(0), len(widths) - 1
+    product = generator.normal(size=(widths[0], widths[-1])) / widths[0] ** 0.5
+    left, values, right = np.linalg.svd(product, full_matrices=False)
+    hidden = [_orthonormal(generator, width, len(values)) for width in widths[1:-1]]
+    pairs = itertools.pairwise((left, *hidden, right.T))
+    return [(inward * values ** (1 / depth)) @ outward.T for inward, outward in pairs]
+
+
+def _orthonormal(generator: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    left, _, right = np.linalg.svd(generator.normal(size=(rows, columns)), full_matrices=False)
+    return left @ right
+
+
+def diagonal(features: int, magnitude: float) -> Network:
+    """`x . (u * v * w)` for inputs `x` of shape `(batch, features)`, with `u = v = w` at first."""
+
+    def apply_fn(params, inputs):
+        return inputs @ (params["u"] * params["v"] * params["w"])
+
+    return apply_fn, {name: np.full(features, magnitude) for name in "uvw"}
