@@ -20,9 +20,9 @@ from fcjax.written import Written
 __all__ = ["Lookup", "find", "replaced", "rows_read"]
 
 ENTRYWISE = frozenset(
-    {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "select_n", "sign", "clamp", "max", "min",
-     "add", "sub", "mul", "div", "rem", "neg", "convert_element_type", "copy", "broadcast_in_dim",
-     "reshape", "squeeze", "expand_dims", "slice", "transpose"}
+    {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "select_n", "sign", "clamp", "max",
+     "min", "add", "sub", "mul", "div", "rem", "neg", "convert_element_type", "copy", "reshape",
+     "broadcast_in_dim", "squeeze", "expand_dims", "slice", "transpose"}
 )  # fmt: skip
 """What may be done to the numbers of rows: nothing that would mix those of different examples."""
 

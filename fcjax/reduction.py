@@ -59,12 +59,15 @@ class Reduction:
       followers: for each leaf that is folded away, the leaf it follows and with which signs.
       compression: the leaves that are trained in the coordinates of reachable spaces.
       reasons: why leaves were reduced, or why they could not be.
+      deviation: how far the optimizer moved the reduced weights from the full ones in the
+        experiment, relative to an update.
     """
 
     tree: Tree
     followers: Mapping[int, tuple[int, np.ndarray[Any, Any]]]
     compression: Compression | None
     reasons: Mapping[int, str]
+    deviation: float = 0.0
 
     @property
     def is_trivial(self) -> bool:

@@ -15,7 +15,7 @@ from fcjax import fold, lookups
 from fcjax.compress import Compression, compression
 from fcjax.equivariance import Change, Follows, Shrinks, Stays, Verdict, experiment
 from fcjax.errors import FrontContributionError
-from fcjax.reduction import Reduction, Tree
+from fcjax.reduction import Reduction, Tree, nothing
 from fcjax.spaces import Spaces, find
 from fcjax.subspaces import Basis, Reached, reach, span, used
 from fcjax.written import Written
@@ -23,6 +23,7 @@ from fcjax.written import Written
 __all__ = ["choose"]
 
 Data = Mapping[int, np.ndarray[Any, Any]]
+Followers = dict[int, tuple[int, np.ndarray[Any, Any]]]
 
 
 def choose(
@@ -41,6 +42,9 @@ def choose(
       FrontContributionError: if the initial values stand at a saddle of a hidden space, or the
         example leaves the span of the data.
     """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in tree.leaves):
+        unknown = "its initial values are not known while tracing, so all of it is trained"
+        return nothing(tree, dict.fromkeys(range(len(tree.leaves)), unknown))
     chooser = _Chooser(network, tree, optimizer)
     chosen = chooser.chosen(data)
     chosen.refuse_outside(example)
@@ -56,14 +60,19 @@ class _Chooser:
         self.tree = tree
         self.optimizer = optimizer
         self.reasons: dict[int, str] = {}
+        self.deviation = 0.0
 
     def chosen(self, data: Data) -> Reduction:
+        """Both rules, or compression alone if the optimizer does not allow them together."""
         followers = self._folds()
         compressed = self._compressed(data)
         both = Reduction(self.tree, followers, compressed, self.reasons)
-        if followers and compressed is not None and not self._verdict(both).exact:
-            return dataclasses.replace(both, followers={})
-        return both
+        if followers and compressed is not None:
+            verdict = self._verdict(both)
+            if not verdict.exact:
+                self._refuse_folds(followers, verdict)
+                both = dataclasses.replace(both, followers={})
+        return dataclasses.replace(both, deviation=self.deviation)
 
     def _verdict(self, proposed: Reduction) -> Verdict:
         numbers = [i for i, trained in enumerate(self.tree.trained) if trained]
@@ -71,14 +80,18 @@ class _Chooser:
         kept = [x if t else None for x, t in zip(self.tree.leaves, self.tree.trained, strict=True)]
         structure = jax.tree.structure(jax.tree.unflatten(self.tree.structure, kept))
         rho = proposed.compression is not None and proposed.compression.rho
-        return experiment(self.optimizer, structure, changes, rho=rho)
+        verdict = experiment(self.optimizer, structure, changes, rho=rho)
+        if verdict.exact:
+            self.deviation = max(self.deviation, verdict.deviation)
+        return verdict
 
     # --- fold ---
 
-    def _folds(self) -> dict[int, tuple[int, np.ndarray[Any, Any]]]:
+    def _folds(self) -> Followers:
+        """The leaves that follow others, if the optimizer lets them."""
         chains, refused = fold.chains(self.network, len(self.tree.paths))
         self.reasons |= refused
-        followers: dict[int, tuple[int, np.ndarray[Any, Any]]] = {}
+        followers: Followers = {}
         for chain in chains:
             signs = self._signs(chain)
             followers |= {leaf: (chain.survivor, by) for leaf, by in signs.items()}
@@ -92,12 +105,15 @@ class _Chooser:
                 for leaf, (survivor, _) in followers.items()
             }
             return followers
+        self._refuse_folds(followers, verdict)
+        return {}
+
+    def _refuse_folds(self, followers: Followers, verdict: Verdict) -> None:
         self.reasons |= {
             leaf: "an elementwise factor that could follow "
             f"{self.tree.paths[survivor]}, but with this optimizer {verdict.reason}"
             for leaf, (survivor, _) in followers.items()
         }
-        return {}
 
     def _signs(self, chain: fold.Chain) -> dict[int, np.ndarray[Any, Any]]:
         """The signs of all followers of a chain; nothing if any magnitude differs."""
@@ -119,6 +135,7 @@ class _Chooser:
     def _compressed(self, data: Data) -> Compression | None:
         """The first of the compressions, from large to small, that the optimizer allows."""
         spaces = find(self.network, len(self.tree.paths), sorted(data))
+        self._refuse_infinite(spaces)
         rows = _rows(spaces, data)
         given = {i: span(inputs) for i, inputs in rows.items()}
         reached = reach(spaces, self.tree.leaves, given)
@@ -186,6 +203,14 @@ class _Chooser:
                             for n in taken.on(leaf).values()})  # fmt: skip
             listed = " and ".join(f"{size} of {dimension}" for size, dimension in parts)
             self.reasons[leaf] = f"backpropagation reaches {listed} directions of its hidden space"
+
+    def _refuse_infinite(self, spaces: Spaces) -> None:
+        for leaf in sorted({place.leaf for space in spaces.found for place in space.places}):
+            if not np.isfinite(np.asarray(self.tree.leaves[leaf])).all():
+                raise FrontContributionError(
+                    f"params leaf {self.tree.paths[leaf]} has infinite entries in a linear "
+                    "segment; check its initialisation"
+                )
 
     def _smaller(
         self, spaces: Spaces, bases: Mapping[int, Basis | None], saddles: Mapping[int, int]

@@ -314,3 +314,22 @@ def test_wrong_shape_of_data_in_a_later_call():
     fc = fcjax.front_contribute(apply_chain, chain_params(), X)
     with pytest.raises(fcjax.FrontContributionError, match=r"64, ?5"):
         fc.apply(fc.params, jnp.ones((64, 5)))
+
+
+def test_infinite_weights_in_a_segment():
+    params = chain_params()
+    params["first"]["kernel"] = params["first"]["kernel"].at[0, 0].set(jnp.inf)
+    refused("first/kernel.*infinite", apply_chain, params, X, optimizer=optax.sgd(0.1))
+
+
+def test_initial_values_that_are_not_known_are_trained_in_full():
+    shapes = []
+
+    @jax.jit
+    def traced(params):
+        fc = fcjax.front_contribute(apply_chain, params, X, optimizer=optax.sgd(0.1))
+        shapes.extend(row.reduced_shape for row in fc.report)
+        return fc.apply(fc.params, X)
+
+    np.testing.assert_allclose(traced(chain_params()), apply_chain(chain_params(), X), rtol=1e-12)
+    assert shapes == [(4, 16), (16, 3)]
