@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -73,12 +74,14 @@ class Shrinks:
       axes: for each axis, whether it is compressed.
       rest: whether the leaf is non-zero where every compressed axis is outside its subspace.
       aligned: whether the subspaces are spanned by coordinate axes.
+      depth: the number of leading axes, each slice along which has subspaces of its own.
     """
 
     shape: tuple[int, ...]
     axes: tuple[bool, ...]
     rest: bool
     aligned: bool = False
+    depth: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,9 +263,13 @@ class _Seen:
 
 
 def _trained(optimizer: optax.GradientTransformation, pair: _Pair) -> _Seen:
-    """Trains the two trees at every scale of the gradients."""
+    """Trains the two trees at every scale of the gradients, up to the first that parts them."""
     run = _training(optimizer, pair)
-    results = [run(scale) for scale in _SCALES]
+    results = []
+    for scale in _SCALES:
+        results.append(run(scale))
+        if np.max(results[-1][0]) > _TOLERANCE:
+            break
     drift, stray, moves = (np.array(rows) for rows in zip(*results, strict=True))
     return _Seen(drift.max(axis=0), stray.max(axis=0), moves.max(axis=0))
 
@@ -437,7 +444,8 @@ class _Embedded:
     Its methods take and return arrays with a leading axis of steps.
 
     Attributes:
-      bases: for each axis, an orthogonal matrix whose first columns span the subspace, or `None`.
+      bases: for each axis, orthogonal matrices whose first columns span the subspace of each slice
+        along the leading axes, or `None`.
       core: the shape of the trained block.
       rest: the untouched block in these coordinates, zero elsewhere, of the full shape.
       rho: whether the reduced leaf has the additional coordinates.
@@ -508,8 +516,10 @@ class _Embedded:
     def _turned(self, x: np.ndarray, *, back: bool) -> np.ndarray:
         for axis, basis in enumerate(self.bases, start=1):
             if basis is not None:
-                turned = np.tensordot(x, basis if back else basis.T, (axis, 0))
-                x = np.moveaxis(turned, -1, axis)
+                moved = np.moveaxis(x, axis, -1)
+                slices = moved.reshape(len(x), len(basis), -1, moved.shape[-1])
+                turned = slices @ (basis if back else basis.transpose(0, 2, 1))
+                x = np.moveaxis(turned.reshape(moved.shape), -1, axis)
         return x
 
 
@@ -540,6 +550,7 @@ def _embedded(
     rest: bool = False,
     aligned: bool = False,
     rho: bool = False,
+    depth: int = 0,
 ) -> _Embedded:
     """A leaf with axes of these sizes, full and reduced."""
     shape = tuple(full for full, _ in sizes)
@@ -547,7 +558,11 @@ def _embedded(
     if rest and any(full > reduced for full, reduced in sizes):
         outside = tuple(slice(reduced if full > reduced else 0, None) for full, reduced in sizes)
         untouched[outside] = _REST_SIZE * _random(shape)[outside]
-    bases = tuple(_basis(full, aligned) if full > reduced else None for full, reduced in sizes)
+    count = math.prod(shape[:depth])
+    bases = tuple(
+        np.stack([_basis(full, aligned, seed) for seed in range(count)]) if full > reduced else None
+        for full, reduced in sizes
+    )
     return _Embedded(bases, tuple(reduced for _, reduced in sizes), untouched, rho)
 
 
@@ -555,10 +570,10 @@ def _copy(survivor: int, shape: Sequence[int], number: int) -> _Copy:
     return _Copy(survivor, np.sign(_random(shape, seed=(number,))))
 
 
-def _basis(size: int, aligned: bool) -> np.ndarray:
+def _basis(size: int, aligned: bool, seed: int) -> np.ndarray:
     if aligned:
-        return np.eye(size)[np.random.default_rng(size).permutation(size)]
-    return np.linalg.qr(_random((size, size)))[0]
+        return np.eye(size)[np.random.default_rng((seed, size)).permutation(size)]
+    return np.linalg.qr(_random((size, size), seed=(seed,)))[0]
 
 
 def _random(shape: Sequence[int], seed: Sequence[int] = ()) -> np.ndarray:
@@ -606,8 +621,9 @@ def _stand_ins(
         match change:
             case Follows(survivor):
                 leaves.append(_copy(survivor, [full for full, _ in sizes], number))
-            case Shrinks(_, _, rest, aligned):
-                leaves.append(_embedded(sizes, rest=rest, aligned=aligned, rho=rho))
+            case Shrinks(_, _, rest, aligned, depth):
+                embedded = _embedded(sizes, rest=rest, aligned=aligned, rho=rho, depth=depth)
+                leaves.append(embedded)
             case Stays():
                 leaves.append(_embedded(sizes))
     return _Pair(structure, leaves)

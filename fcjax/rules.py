@@ -254,7 +254,8 @@ def _change(proposed: Reduction, leaf: int, numbers: Sequence[int]) -> Change:
         return Stays(shape)
     reduced = taken.reduced_shape(leaf)
     axes = tuple(a != b for a, b in zip(shape, reduced, strict=True))
-    return Shrinks(shape, axes, leaf in taken.rests, taken.aligned)
+    depth = max((taken.spaces.found[n].depth for n in taken.on(leaf).values()), default=0)
+    return Shrinks(shape, axes, leaf in taken.rests, taken.aligned, depth)
 
 
 def _rows(spaces: Spaces, arrays: Mapping[int, Any]) -> dict[int, Any]:

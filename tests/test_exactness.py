@@ -99,6 +99,7 @@ def planned_differently(name):
     return found.values()
 
 
+@pytest.mark.long
 @each_network
 def test_300_steps_of_every_optimizer_follow_backprop(name):
     network = zoo.build(name)
