@@ -9,7 +9,6 @@ import optax
 import pytest
 from optax import contrib
 
-from fcjax import equivariance as module
 from fcjax.equivariance import Follows, Shrinks, Stays, equivariance, experiment
 
 RATE = 1e-2
@@ -436,5 +435,5 @@ def test_where_jax_may_not_use_the_cpu(monkeypatch):
     def refuse(**_):
         raise RuntimeError("Unknown backend cpu")
 
-    monkeypatch.setattr(module.jax, "local_devices", refuse)
+    monkeypatch.setattr(jax, "local_devices", refuse)
     assert experiment(optax.sgd(RATE), *dense(), rho=False).exact
