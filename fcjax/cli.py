@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    demo = commands.add_parser("demo", help="train four networks on real digits both ways")
+    demo = commands.add_parser("demo", help="train nine networks both ways, and compare")
     demo.add_argument("--output", type=Path, default=Path("fcjax-demo.png"), help="the picture")
     demo.add_argument("--steps", type=_positive, help="updates of each training (default 200)")
     demo.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")

@@ -1,4 +1,4 @@
-"""`fcjax demo`: backpropagation and front contribution on scikit-learn's digits, side by side."""
+"""`fcjax demo`: backpropagation and front contribution side by side, on small problems."""
 
 from fcjax.demo.runner import Effort, run
 

@@ -6,6 +6,7 @@ would train.
 
 import dataclasses
 import functools
+import time
 from typing import Any
 
 import jax
@@ -13,109 +14,112 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fcjax.demo.models import Task
+from fcjax.demo.problems import Data
+from fcjax.demo.tasks import Task, TimedTask
 from fcjax.measure import Memory, Timings, compare_steps, memory_of
 from fcjax.transform import front_contribute
 from fcjax.verify import Verification, verify
 
 NAMES = ("backprop", "fc")
-Digits = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """What the demo shows about one network; dictionaries are keyed by `NAMES`.
+class Training:
+    """One network trained both ways; dictionaries are keyed by `NAMES`.
 
     Attributes:
       task: the network.
       verification: the two trainings.
-      accuracy: share of the test images that are classified correctly after training.
-      weights: number of trainable weights.
-      timings: seconds of a training step.
-      memory: what the compiled training step needs.
+      score: how well the trained network does on the test data.
+      weights: number of trained weights.
+      state: number of entries of the optimizer's state.
+      setup_seconds: time of `front_contribute`.
       rules: how each leaf of the parameters is treated, as in `fc.report`.
     """
 
     task: Task
     verification: Verification
-    accuracy: dict[str, float]
+    score: dict[str, str]
     weights: dict[str, int]
-    timings: Timings
-    memory: dict[str, Memory]
+    state: dict[str, int]
+    setup_seconds: float
     rules: tuple[str, ...]
 
 
-def compare(task: Task, train: Digits, test: Digits, steps: int, repeats: int) -> Comparison:
-    """Trains `task` both ways for `steps` updates, and times `repeats` steps of each.
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a training step costs.
 
-    Args:
-      task: the network.
-      train: images of shape `(n, 64)` in [0, 1], and labels of shape `(n,)`.
-      test: the same, for the accuracy.
-      steps: number of updates.
-      repeats: rounds of the timing.
-
-    Returns:
-      A `Comparison`.
+    Attributes:
+      timings: seconds, for each of `NAMES`.
+      memory: what the compiled step needs, keyed by `NAMES`.
     """
-    apply_fn, params = task.init()
-    verification, accuracy = _train(task, apply_fn, params, train, test, steps)
-    batch = _draw(np.random.default_rng(1), train, task.timing_batch, jnp.float32)
-    fc = front_contribute(apply_fn, params, batch[0], optimizer=task.optimizer)
+
+    timings: Timings
+    memory: dict[str, Memory]
+
+
+def train(task: Task, steps: int) -> Training:
+    """Trains a network both ways for `steps` updates, in float64."""
+    problem = task.problem
+    with jax.enable_x64(True):
+        apply_fn, params = task.network()
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+        generator = np.random.default_rng(0)
+        batches = [_draw(generator, problem.train, task.batch, jnp.float64) for _ in range(steps)]
+        started = time.perf_counter()
+        fc = front_contribute(apply_fn, params, batches[0][0], **task.options)
+        setup_seconds = time.perf_counter() - started
+        verification = verify(fc, problem.loss, batches, task.optimizer)
+        outputs = jax.jit(lambda trained: apply_fn(trained, problem.test[0]))
+        trained = verification.params
+        parameters = {"backprop": params, "fc": fc.params}
+        return Training(
+            task=task,
+            verification=verification,
+            score={n: problem.score(outputs(trained[n]), problem.test[1]) for n in NAMES},
+            weights={n: _count(parameters[n]) for n in NAMES},
+            state={n: _count(task.optimizer.init(parameters[n])) for n in NAMES},
+            setup_seconds=setup_seconds,
+            rules=tuple(row.rule for row in fc.report),
+        )
+
+
+def measure(task: TimedTask, repeats: int) -> Step:
+    """Times `repeats` steps of each way, in float32."""
+    apply_fn, params = task.network()
+    batch = _draw(np.random.default_rng(1), task.problem.train, task.timing_batch, jnp.float32)
+    fc = front_contribute(apply_fn, params, batch[0], **task.options)
     compiled = {
-        "backprop": _compiled_step(apply_fn, params, task.optimizer, batch),
-        "fc": _compiled_step(fc.apply, fc.params, task.optimizer, batch),
+        "backprop": _compiled_step(task, apply_fn, params, batch),
+        "fc": _compiled_step(task, fc.apply, fc.params, batch),
     }
-    return Comparison(
-        task=task,
-        verification=verification,
-        accuracy=accuracy,
-        weights={"backprop": _count(params), "fc": _count(fc.params)},
+    return Step(
         timings=compare_steps(compiled, (batch,), repeats),
         memory={name: memory_of(step.func) for name, step in compiled.items()},
-        rules=tuple(row.rule for row in fc.report),
     )
 
 
-def _train(task, apply_fn, params, train, test, steps) -> tuple[Verification, dict[str, float]]:
-    with jax.enable_x64(True):
-        generator = np.random.default_rng(0)
-        batches = [_draw(generator, train, 256, jnp.float64) for _ in range(steps)]
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
-        fc = front_contribute(apply_fn, params, batches[0][0], optimizer=task.optimizer)
-        verification = verify(fc, cross_entropy, batches, task.optimizer)
-        predict = jax.jit(lambda trained: jnp.argmax(apply_fn(trained, test[0]), axis=-1))
-        accuracy = {
-            name: float(np.mean(predict(verification.params[name]) == test[1])) for name in NAMES
-        }
-        return verification, accuracy
-
-
-def cross_entropy(apply: Any, params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Mean cross-entropy of the logits `apply(params, images)`."""
-    images, labels = batch
-    logits = apply(params, images)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def _compiled_step(apply, params, optimizer, batch):
+def _compiled_step(task, apply, params, batch):
     """A compiled training step, bound to its parameters and its optimizer's state."""
 
     @jax.jit
     def step(params, state, batch):
-        loss, gradient = jax.value_and_grad(lambda p: cross_entropy(apply, p, batch))(params)
-        updates, state = optimizer.update(gradient, state, params)
+        loss_of = functools.partial(task.problem.loss, apply)
+        loss, gradient = jax.value_and_grad(loss_of)(params, batch)
+        updates, state = task.optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    state = optimizer.init(params)
+    state = task.optimizer.init(params)
     return functools.partial(step.lower(params, state, batch).compile(), params, state)
 
 
-def _draw(generator, digits: Digits, size: int, dtype) -> tuple[jax.Array, jax.Array]:
+def _draw(generator, data: Data, size: int, dtype) -> tuple[jax.Array, jax.Array]:
     """A batch drawn with replacement."""
-    chosen = generator.integers(len(digits[0]), size=size)
-    return jnp.asarray(digits[0][chosen], dtype), jnp.asarray(digits[1][chosen])
+    inputs, targets = data
+    chosen = generator.integers(len(inputs), size=size)
+    return jnp.asarray(inputs[chosen], dtype), jnp.asarray(targets[chosen])
 
 
-def _count(params: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+def _count(tree: Any) -> int:
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(tree))

@@ -98,30 +98,30 @@ def flax_network(model: nn.Module, features: int) -> Network:
     return apply_fn, variables["params"]
 
 
-def deep_linear(kernels: list[np.ndarray]) -> Network:
-    """`x W_1 ... W_N` for inputs `x` of shape `(batch, features)`."""
+def deep_linear(kernels: Callable[..., list[np.ndarray]]) -> Network:
+    """`x W_1 W_2 W_3 W_4` for inputs `x` of shape `(batch, 12)`, and 3 outputs."""
 
     def apply_fn(params, inputs):
         for kernel in params:
             inputs = inputs @ kernel
         return inputs
 
-    return apply_fn, kernels
+    return apply_fn, kernels((12, 128, 128, 128, 3))
 
 
-def orthogonal(*widths: int) -> list[np.ndarray]:
+def orthogonal(widths: tuple[int, ...]) -> list[np.ndarray]:
     """Kernels between layers of these widths, each with orthonormal rows or columns."""
     generator = np.random.default_rng(0)
     return [_orthonormal(generator, *pair) for pair in itertools.pairwise(widths)]
 
 
-def balanced(*widths: int) -> list[np.ndarray]:
-    r"""Kernels with \(W_j^T W_j = W_{j+1} W_{j+1}^T\), whose product is a Gaussian matrix."""
+def balanced(widths: tuple[int, ...]) -> list[np.ndarray]:
+    """Kernels where `W_j.T @ W_j == W_(j+1) @ W_(j+1).T`, whose product is Gaussian."""
     generator, depth = np.random.default_rng(0), len(widths) - 1
     product = generator.normal(size=(widths[0], widths[-1])) / widths[0] ** 0.5
     left, values, right = np.linalg.svd(product, full_matrices=False)
-    hidden = [_orthonormal(generator, width, len(values)) for width in widths[1:-1]]
-    pairs = itertools.pairwise((left, *hidden, right.T))
+    frames = [_orthonormal(generator, width, len(values)) for width in widths[1:-1]]
+    pairs = itertools.pairwise((left, *frames, right.T))
     return [(inward * values ** (1 / depth)) @ outward.T for inward, outward in pairs]
 
 
@@ -131,7 +131,7 @@ def _orthonormal(generator: np.random.Generator, rows: int, columns: int) -> np.
 
 
 def diagonal(features: int, magnitude: float) -> Network:
-    """`x . (u * v * w)` for inputs `x` of shape `(batch, features)`, with `u = v = w` at first."""
+    """`x @ (u * v * w)` for inputs `x` of shape `(batch, features)`, at first with `u = v = w`."""
 
     def apply_fn(params, inputs):
         return inputs @ (params["u"] * params["v"] * params["w"])

@@ -1,46 +1,59 @@
-"""The demo's picture: the trainings above, time and memory below."""
+"""The demo's picture: cheaper steps above, fewer weights below, trainings over bars."""
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
-from fcjax.demo.compare import Comparison
+from fcjax.demo.compare import NAMES, Step, Training
 
-_BACKPROP = "#f4a582"
-_FC = "#08519c"
 _MIB = 2.0**20
-_STYLE = {"backprop": _BACKPROP, "fc": _FC}
+_STYLE = {"backprop": "#f4a582", "fc": "#08519c"}
 _LABEL = {"backprop": "backpropagation", "fc": "front contribution"}
 
 
-def picture(comparisons: list[Comparison]) -> Figure:
-    """Draws the comparisons: a column for each network's training, and bars for all of them."""
-    figure = Figure(figsize=(13, 7.4), layout="constrained", facecolor="white")
-    figure.suptitle(
-        "Digits, trained by backpropagation and by front contribution: same batches, same outputs",
-        fontsize=14,
-        fontweight="bold",
+def picture(timed: Sequence[tuple[Training, Step]], reduced: Sequence[Training]) -> Figure:
+    """Draws a column for each network's training, and bars for all of them."""
+    figure = Figure(figsize=(13, 14.6), layout="constrained", facecolor="white")
+    (upper,), (lower,) = figure.subfigures(2, 1, squeeze=False, hspace=0.03)
+    trainings, steps = zip(*timed, strict=True)
+    left, right = _panels(
+        upper, trainings, "Cheaper steps: digits, every weight trained, by any optimizer"
     )
-    grid = figure.add_gridspec(2, 2 * len(comparisons), height_ratios=(1, 1.05))
-    for column, comparison in enumerate(comparisons):
-        _training(figure.add_subplot(grid[0, 2 * column : 2 * column + 2]), comparison, column == 0)
-    half = len(comparisons)
-    _step_times(figure.add_subplot(grid[1, :half]), comparisons)
-    _memory(figure.add_subplot(grid[1, half:]), comparisons)
+    _step_times(left, trainings, steps)
+    _memory(right, trainings, steps)
+    left, right = _panels(
+        lower, reduced, "Fewer weights: the same training, in the coordinates that it reaches"
+    )
+    _counts(left, reduced, lambda training: training.weights, "Trained weights")
+    _counts(right, reduced, lambda training: training.state, "Entries of the optimizer's state")
     return figure
 
 
-def _training(axes: Axes, comparison: Comparison, is_first: bool) -> None:
-    losses = comparison.verification.losses
-    axes.semilogy(losses["backprop"], color=_BACKPROP, linewidth=6, label=_LABEL["backprop"])
-    axes.semilogy(losses["fc"], color=_FC, linewidth=1.4, label=_LABEL["fc"])
-    axes.set_title(f"{comparison.task.name}, {comparison.task.optimizer_name}", fontsize=12)
+def _panels(figure: SubFigure, trainings: Sequence[Training], title: str) -> tuple[Axes, Axes]:
+    """Draws the trainings, and leaves two panels below them for bars."""
+    figure.suptitle(title, fontsize=14, fontweight="bold")
+    count = len(trainings)
+    grid = figure.add_gridspec(2, 2 * count, height_ratios=(1, 1.05))
+    for column, training in enumerate(trainings):
+        axes = figure.add_subplot(grid[0, 2 * column : 2 * column + 2])
+        _training(axes, training, column == 0)
+    return figure.add_subplot(grid[1, :count]), figure.add_subplot(grid[1, count:])
+
+
+def _training(axes: Axes, training: Training, is_first: bool) -> None:
+    losses = training.verification.losses
+    for name, width in (("backprop", 6.0), ("fc", 1.4)):
+        axes.semilogy(losses[name], color=_STYLE[name], linewidth=width, label=_LABEL[name])
+    axes.set_title(f"{training.task.name}\n{training.task.optimizer_name}", fontsize=12)
     axes.set_xlabel("step")
     axes.text(
         0.97,
         0.95,
-        f"test accuracy {comparison.accuracy['backprop']:.1%} / {comparison.accuracy['fc']:.1%}\n"
-        f"largest output deviation {comparison.verification.max_output_deviation:.0e}",
+        f"test {training.task.problem.score_name} "
+        f"{training.score['backprop']} / {training.score['fc']}\n"
+        f"outputs deviate by {training.verification.max_output_deviation:.0e}",
         transform=axes.transAxes,
         ha="right",
         va="top",
@@ -52,48 +65,57 @@ def _training(axes: Axes, comparison: Comparison, is_first: bool) -> None:
     _clean(axes)
 
 
-def _step_times(axes: Axes, comparisons: list[Comparison]) -> None:
-    values = {
-        name: np.array([1e3 * comparison.timings.median(name) for comparison in comparisons])
-        for name in _STYLE
-    }
-    notes = [
-        f"{comparison.timings.ratio('fc'):.2f}x\n(±{comparison.timings.aa_spread:.2f})"
-        for comparison in comparisons
-    ]
-    _bars(axes, comparisons, values, notes)
+def _step_times(axes: Axes, trainings: Sequence[Training], steps: Sequence[Step]) -> None:
+    values = {name: np.array([1e3 * step.timings.median(name) for step in steps]) for name in NAMES}
+    notes = [f"{step.timings.ratio('fc'):.2f}x\n(±{step.timings.aa_spread:.2f})" for step in steps]
+    _bars(axes, trainings, values, notes, "%.3g")
     axes.set_title("Training step, ms (float32; bold: times faster, ± A/A)", fontsize=12)
 
 
-def _memory(axes: Axes, comparisons: list[Comparison]) -> None:
+def _memory(axes: Axes, trainings: Sequence[Training], steps: Sequence[Step]) -> None:
+    # At least a KiB: a program without temporaries has no place on a logarithmic axis.
     values = {
-        name: np.array([_temporary_mib(comparison, name) for comparison in comparisons])
-        for name in _STYLE
+        name: np.array([max(step.memory[name].temp / _MIB, 1 / 1024) for step in steps])
+        for name in NAMES
     }
     notes = [f"{ratio:.2f}x" for ratio in values["backprop"] / values["fc"]]
-    _bars(axes, comparisons, values, notes)
+    _bars(axes, trainings, values, notes, "%.3g")
     axes.set_title("Temporary memory, MiB (float32; bold: times less)", fontsize=12)
 
 
-def _temporary_mib(comparison: Comparison, name: str) -> float:
-    # At least a KiB: a program without temporaries has no place on a logarithmic axis.
-    return max(comparison.memory[name].temp / _MIB, 1 / 1024)
+def _counts(
+    axes: Axes,
+    trainings: Sequence[Training],
+    counts: Callable[[Training], dict[str, int]],
+    title: str,
+) -> None:
+    values = {name: np.array([counts(training)[name] for training in trainings]) for name in NAMES}
+    notes = [f"{ratio:.3g}x" for ratio in values["backprop"] / values["fc"]]
+    _bars(axes, trainings, values, notes, "{:,.0f}")
+    axes.set_title(f"{title} (bold: times fewer)", fontsize=12)
 
 
-def _bars(axes: Axes, comparisons, values: dict[str, np.ndarray], notes: list[str]) -> None:
-    places = np.arange(len(comparisons))
+def _bars(
+    axes: Axes,
+    trainings: Sequence[Training],
+    values: dict[str, np.ndarray],
+    notes: list[str],
+    number: str,
+) -> None:
+    places = np.arange(len(trainings))
     for shift, name in ((-0.2, "backprop"), (0.2, "fc")):
         bars = axes.bar(places + shift, values[name], 0.38, color=_STYLE[name], label=_LABEL[name])
-        axes.bar_label(bars, fmt="%.3g", fontsize=9, padding=2)
+        axes.bar_label(bars, fmt=number, fontsize=9, padding=2)
     tops = np.maximum(values["backprop"], values["fc"])
     # Networks of very different sizes share the axis.
     axes.set_yscale("log")
-    axes.set_ylim(min(v.min() for v in values.values()) / 3, tops.max() * 6)
+    lowest, highest = min(v.min() for v in values.values()), tops.max()
+    axes.set_ylim(lowest / 3, highest * (highest / lowest) ** 0.25 * 4)
     for place, top, note in zip(places, tops, notes, strict=True):
-        axes.text(
-            float(place), top * 1.6, note, ha="center", va="bottom", fontsize=10, fontweight="bold"
+        axes.annotate(
+            note, (place, top), (0, 15), textcoords="offset points", ha="center", weight="bold"
         )
-    names = [comparison.task.name.replace(" ", "\n") for comparison in comparisons]
+    names = [training.task.name.replace(" ", "\n") for training in trainings]
     axes.set_xticks(places, names)
     _clean(axes)
 

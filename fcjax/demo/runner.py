@@ -1,17 +1,14 @@
-"""Runs the demo from the data to the table and the picture."""
+"""Runs the demo from the data to the tables and the picture."""
 
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
-from fcjax.demo.compare import Comparison, Digits, compare
-from fcjax.demo.models import tasks
+from fcjax.demo.compare import Step, Training, measure, train
 from fcjax.demo.picture import picture
-from fcjax.demo.table import table
+from fcjax.demo.table import step_table, weight_table
+from fcjax.demo.tasks import collapsed_tasks, reduced_tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +18,7 @@ class Effort:
     Attributes:
       steps: updates of each training.
       repeats: rounds of each timing.
-      timing_batch: images in the timed batch, or `None` for each network's own number.
+      timing_batch: rows of the timed batch, or `None` for each network's own number.
     """
 
     steps: int = 200
@@ -29,8 +26,10 @@ class Effort:
     timing_batch: int | None = None
 
 
-def run(output: str | Path, effort: Effort, console: Console) -> list[Comparison]:
-    """Trains the four networks both ways, prints the table and saves the picture.
+def run(
+    output: str | Path, effort: Effort, console: Console
+) -> tuple[list[tuple[Training, Step]], list[Training]]:
+    """Trains all networks both ways, prints the tables and saves the picture.
 
     Args:
       output: where to save the picture; the ending chooses the format.
@@ -38,28 +37,36 @@ def run(output: str | Path, effort: Effort, console: Console) -> list[Comparison
       console: where to print.
 
     Returns:
-      The comparisons, in the order of the table.
+      The networks whose step was timed, and those that trained fewer weights, in the order of the
+      tables.
     """
-    train, test = _digits()
-    comparisons = []
-    for task in tasks():
+    timed = _timed(effort, console)
+    reduced = _reduced(effort, console)
+    console.print(step_table(timed))
+    console.print(weight_table(reduced))
+    picture(timed, reduced).savefig(output, dpi=160)
+    console.print(f"picture: {output}")
+    return timed, reduced
+
+
+def _timed(effort: Effort, console: Console) -> list[tuple[Training, Step]]:
+    results = []
+    for task in collapsed_tasks():
         if effort.timing_batch is not None:
             task = dataclasses.replace(task, timing_batch=effort.timing_batch)
         console.print(
             f"[bold]{task.name}[/], {task.optimizer_name}: {effort.steps} steps both ways, "
             f"then {effort.repeats} timed rounds on {task.timing_batch} images"
         )
-        comparisons.append(compare(task, train, test, effort.steps, effort.repeats))
-    console.print(table(comparisons))
-    picture(comparisons).savefig(output, dpi=160)
-    console.print(f"picture: {output}")
-    return comparisons
+        results.append((train(task, effort.steps), measure(task, effort.repeats)))
+    return results
 
 
-def _digits() -> tuple[Digits, Digits]:
-    images, labels = load_digits(return_X_y=True)
-    split = train_test_split(
-        images / 16.0, labels.astype(np.int32), test_size=360, random_state=0, stratify=labels
-    )
-    train_images, test_images, train_labels, test_labels = split
-    return (train_images, train_labels), (test_images, test_labels)
+def _reduced(effort: Effort, console: Console) -> list[Training]:
+    results = []
+    for task in reduced_tasks():
+        console.print(
+            f"[bold]{task.name}[/], {task.optimizer_name}: {effort.steps} steps both ways"
+        )
+        results.append(train(task, effort.steps))
+    return results

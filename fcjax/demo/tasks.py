@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import optax
 
-from fcjax.demo import models, problems
-from fcjax.demo.models import Network
-from fcjax.demo.problems import Problem
+from fcjax.demo import models
+from fcjax.demo.models import Network, flax_network
+from fcjax.demo.problems import Problem, digits, linear_map, sparse_sum, wines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,13 +19,12 @@ class Task:
 
     Attributes:
       name: what the table and the picture call it.
-      network: makes the network.
+      network: makes the network, always the same.
       problem: what it learns.
       optimizer_name: what trains it, in words.
       optimizer: what trains it, as an optax transformation.
+      options: keywords of `front_contribute`.
       batch: rows of a batch.
-      known: which of the rules' conditions `front_contribute` is told, as its keywords: the
-        optimizer, and the inputs where they span less than their space.
     """
 
     name: str
@@ -31,94 +32,76 @@ class Task:
     problem: Problem
     optimizer_name: str
     optimizer: optax.GradientTransformation
-    batch: int = 256
-    known: tuple[str, ...] = ("optimizer",)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keywords of `front_contribute`."""
-        values = {"optimizer": self.optimizer, "data": self.problem.train[0]}
-        return {name: values[name] for name in self.known}
+    options: dict[str, Any]
+    batch: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TimedTask(Task):
-    """One whose step is also timed; it is folded for any optimizer.
+    """One whose training step is also timed.
 
     Attributes:
-      timing_batch: images in the batch on which the step is timed.
+      timing_batch: rows of the batch on which it is timed.
     """
 
     timing_batch: int
-    known: tuple[str, ...] = ()
 
 
-def timed_tasks() -> list[TimedTask]:
-    """The networks whose step becomes cheaper, and one where nothing can."""
-    adam = optax.adam(1e-3)
+def collapsed_tasks() -> list[TimedTask]:
+    """Networks whose step becomes cheaper, whatever trains them, and one where nothing can."""
+    adam, momentum, adamw = optax.adam(1e-3), optax.sgd(0.05, 0.9), optax.adamw(2e-3)
+    blocks, classifier = models.LinearBlocks((512, 512)), models.ReluClassifier((256, 256), 10)
     return [
-        _timed("linear blocks", models.LinearBlocks((512, 512)), "Adam", adam, 4096),
-        _timed(
-            "BatchNorm branches", models.BatchNormBranches(), "momentum", optax.sgd(0.05, 0.9), 8192
-        ),
-        _timed(
-            "pre-norm transformer", models.RowTransformer(), "AdamW", optax.adamw(2e-3), 1024
-        ),
-        _timed("ReLU classifier", models.ReluClassifier((256, 256), 10), "Adam", adam, 4096),
+        _collapsed("linear blocks", blocks, "Adam", adam, 4096),
+        _collapsed("BatchNorm branches", models.BatchNormBranches(), "momentum", momentum, 8192),
+        _collapsed("pre-norm transformer", models.RowTransformer(), "AdamW", adamw, 1024),
+        _collapsed("ReLU classifier", classifier, "Adam", adam, 4096),
     ]
 
 
-def _timed(name, model, optimizer_name, optimizer, timing_batch) -> TimedTask:
+def _collapsed(name, model, optimizer_name, optimizer, timing_batch) -> TimedTask:
     return TimedTask(
         name=name,
-        network=lambda: models.flax_network(model, models.PIXELS),
-        problem=problems.digits(),
+        network=cache(partial(flax_network, model, models.PIXELS)),
+        problem=digits(),
         optimizer_name=optimizer_name,
         optimizer=optimizer,
+        options={},
+        batch=256,
         timing_batch=timing_batch,
     )
 
 
 def reduced_tasks() -> list[Task]:
-    """The networks that train in fewer weights."""
-    decaying = optax.chain(
+    """Networks that train fewer weights, because `front_contribute` knows what trains them."""
+    momentum, adam = optax.sgd(0.02, 0.9), optax.adam(2e-2)
+    decay = optax.chain(
         optax.trace(0.9), optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(0.05)
     )
-    blocks, classifier = models.LinearBlocks((1024,)), models.ReluClassifier((256,), 3)
-    widths = (12, 128, 128, 128, 3)
+    blocks = partial(flax_network, models.LinearBlocks((1024,)), models.PIXELS)
+    linear = [partial(models.deep_linear, make) for make in (models.orthogonal, models.balanced)]
+    diagonal = partial(models.diagonal, features=200, magnitude=0.2)
+    bottles = wines()
+    inputs = bottles.train[0]
+    relu = partial(flax_network, models.ReluClassifier((256,), 3), inputs.shape[1])
     return [
-        Task(
-            name="wide blocks",
-            network=lambda: models.flax_network(blocks, models.PIXELS),
-            problem=problems.digits(),
-            optimizer_name="momentum, decay",
-            optimizer=decaying,
-        ),
-        *(
-            Task(
-                name=f"linear, {initial.__name__}",
-                network=lambda initial=initial: models.deep_linear(initial(*widths)),
-                problem=problems.linear_map(),
-                optimizer_name="momentum",
-                optimizer=optax.sgd(0.02, 0.9),
-            )
-            for initial in (models.orthogonal, models.balanced)
-        ),
-        Task(
-            name="diagonal, depth 3",
-            network=lambda: models.diagonal(features=200, magnitude=0.2),
-            problem=problems.sparse_sum(),
-            optimizer_name="Adam",
-            optimizer=optax.adam(2e-2),
-            batch=64,
-        ),
-        Task(
-            name="more features than samples",
-            network=lambda: models.flax_network(classifier, 559),
-            problem=problems.wines(),
-            optimizer_name="momentum",
-            optimizer=optax.sgd(0.01, 0.9),
-            batch=64,
-            known=("optimizer", "data"),
-        ),
+        _reduced("wide blocks", blocks, digits(), "momentum, decay", decay, 256),
+        _reduced("linear, orthogonal", linear[0], linear_map(), "momentum", momentum, 256),
+        _reduced("linear, balanced", linear[1], linear_map(), "momentum", momentum, 256),
+        _reduced("diagonal net", diagonal, sparse_sum(), "Adam", adam, 64),
+        _reduced("few samples", relu, bottles, "momentum", momentum, 64, inputs),
     ]
+
+
+def _reduced(
+    name, network, problem, optimizer_name, optimizer, batch, data: np.ndarray | None = None
+) -> Task:
+    return Task(
+        name=name,
+        network=network,
+        problem=problem,
+        optimizer_name=optimizer_name,
+        optimizer=optimizer,
+        options={"optimizer": optimizer, "data": data},
+        batch=batch,
+    )
