@@ -19,10 +19,10 @@ COLLAPSED = {task.name: task for task in collapsed_tasks()}
 REDUCED = {task.name: task for task in reduced_tasks()}
 
 
-def transformed(task):
+def transformed(task, dtype):
     apply_fn, params = task.network()
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
-    inputs = task.problem.train[0][: task.batch]
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    inputs = jnp.asarray(task.problem.train[0][: task.batch], dtype)
     return fcjax.front_contribute(apply_fn, params, inputs, **task.options)
 
 
@@ -36,7 +36,8 @@ def transformed(task):
     ],
 )
 def test_what_collapses(name, collapsed):
-    rules = [row.rule for row in transformed(COLLAPSED[name]).report]
+    # In float32, as it is timed; float64 also takes the square of a sum apart.
+    rules = [row.rule for row in transformed(COLLAPSED[name], jnp.float32).report]
     assert rules.count("collapse") == collapsed
 
 
@@ -51,7 +52,7 @@ def test_what_collapses(name, collapsed):
     ],
 )
 def test_how_many_weights_are_trained(name, weights):
-    fc = transformed(REDUCED[name])
+    fc = transformed(REDUCED[name], jnp.float64)
     trees = (fc.expand(fc.params), fc.params)
     assert tuple(sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in trees) == weights
 
