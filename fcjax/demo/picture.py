@@ -57,11 +57,13 @@ def _training(axes: Axes, training: Training, is_first: bool) -> None:
         transform=axes.transAxes,
         ha="right",
         va="top",
-        fontsize=9.5,
+        fontsize=9,
     )
+    lowest, highest = axes.get_ylim()  # room for these lines above the curves
+    axes.set_ylim(lowest, highest * (highest / lowest) ** 0.2)
     if is_first:
         axes.set_ylabel("training loss (float64)")
-        axes.legend(loc="lower left", frameon=False, fontsize=9.5)
+        axes.legend(loc="lower left", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
     _clean(axes)
 
 
