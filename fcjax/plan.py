@@ -181,7 +181,7 @@ def _boundary_cost(boundaries: Iterable[Equation], known: dict[Value, Kind]) -> 
         (value, *_) = equation.outputs
         if equation.name == "dot_general" and value is not None:
             (contracted, _), _ = equation.source.params["dimension_numbers"]
-            shape = equation.source.invars[0].aval.shape  # type: ignore[attr-defined]
+            shape = equation.values[0].shape
             work = 2.0 * math.prod(value.shape) * math.prod(shape[i] for i in contracted)
             passes = 1 + sum(known[v].trainable for v in equation.values)
             total = total + Cost(work * passes, work * passes)

@@ -160,7 +160,8 @@ class _Writer:
     def body(self, network: Written, owners: Owners) -> Written:
         """One body in reduced coordinates, with those inside it."""
         new = {value: self._reduced(value, *owners[value]) for value in owners}
-        new |= {value: self._computed(value, expr) for value, expr in network.roots.items()}
+        computed = network.roots | network.products
+        new |= {value: self._computed(value, expr) for value, expr in computed.items()}
         changed = {old: now for old, now in new.items() if now is not old}
         one = _Body(self, owners, changed)
         roots = {new[value]: one.expr(value, expr) for value, expr in network.roots.items()}

@@ -3,9 +3,10 @@
 Between two non-linear operations a hidden value ``h = x W_1`` is only ever read through a
 contraction ``h W_2``. The hidden axes of ``W_1`` and ``W_2`` then carry one label, and so do
 biases, branches that are added, identity edges and tied uses: they form one *space*, in which any
-orthonormal change of coordinates leaves the network as it is. An axis that something reads entry
-by entry (a non-linear operation, a gain, a slice, an output) is *pinned*: its coordinates have a
-meaning.
+orthonormal change of coordinates leaves the network as it is. Products of two activations are
+contractions too: queries meet keys in one space, and the mixing of values leaves theirs alone. An
+axis that something reads entry by entry (a non-linear operation, a gain, a slice, an output) is
+*pinned*: its coordinates have a meaning.
 """
 
 import dataclasses
@@ -188,7 +189,7 @@ class _Search:
         for value in _read_whole(body):
             if value in owners:
                 self.read_whole.add(owners[value][0])
-        for value, expr in body.roots.items():
+        for value, expr in (body.roots | body.products).items():
             for axis, labels in enumerate(expr.dims):
                 self._note_split(value, axis, labels)
             for factor in itertools.chain.from_iterable(t.factors for t in expr.terms):
@@ -214,8 +215,8 @@ class _Search:
     # --- nodes ---
 
     def _read(self, body: Written, owners: Owners) -> Iterator[_Use]:
-        for value, expr in body.roots.items():
-            computed = value not in body.hard
+        for value, expr in (body.roots | body.products).items():
+            computed = value not in body.entrywise
             root = {
                 label: self._node(value, axis, piece) if computed else None
                 for axis, labels in enumerate(expr.dims)
@@ -245,7 +246,8 @@ class _Search:
             if node is not None:
                 self.looped.setdefault(node, set()).add(shift)
             return node
-        return self._node(var, axis, piece) if var in body.roots and var not in body.hard else None
+        computed = var in body.roots or var in body.products
+        return self._node(var, axis, piece) if computed and var not in body.entrywise else None
 
     def _node(self, owner: int | Value, axis: int, piece: int) -> Node | None:
         if owner in self.read_whole or len(self.splits[owner, axis]) > 1:

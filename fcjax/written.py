@@ -48,6 +48,24 @@ class Written:
     forced: frozenset[Value] = frozenset()
 
     @functools.cached_property
+    def products(self) -> dict[Value, Expr]:
+        """The boundaries that are products of two activations, such as attention's scores."""
+        return {
+            value: _product(equation, self.known)
+            for equation in self.body.equations
+            if equation in self.boundaries and _multiplies_activations(equation, self.known)
+            for value in equation.outputs
+            if value is not None
+        }
+
+    @functools.cached_property
+    def entrywise(self) -> frozenset[Value]:
+        """The values whose coordinates mean something: results, and what other boundaries read."""
+        linear = {e for e in self.boundaries if not self.products.keys().isdisjoint(e.outputs)}
+        read = {v for e in self.boundaries - linear for v in e.values}
+        return frozenset(read.union(a for a in self.body.outputs if isinstance(a, Value)))
+
+    @functools.cached_property
     def has_forced(self) -> bool:
         """Whether any root is forced, here or in a nested body."""
         return bool(self.forced) or any(w.has_forced for ws in self.nested.values() for w in ws)
@@ -140,6 +158,35 @@ class _Reader:
         expr = self.seen.pop(value, None)
         if expr is not None and value not in expr.leaves:
             self.roots[value] = expr
+
+
+def _multiplies_activations(equation: Equation, known: dict[Value, Kind]) -> bool:
+    dtypes = {str(v.aval.dtype) for v in (*equation.values, *equation.outputs) if v is not None}
+    return (
+        equation.name == "dot_general"
+        and [known[v].of for v in equation.values] == ["data", "data"]
+        and len(dtypes) == 1
+        and not _sharded_by_hand(equation)
+    )
+
+
+def _product(equation: Equation, known: dict[Value, Kind]) -> Expr:
+    """A product of two activations as one term; the planner takes none of these."""
+    a, b = (ex.of_leaf(known[v].leaf(v)) for v in equation.values)
+    contracting, batch = equation.source.params["dimension_numbers"]
+    shared = [(*contracting[side], *batch[side]) for side in (0, 1)]
+    b = b.rename(
+        {label: a.dims[i] for i, j in zip(*shared, strict=True) for label in b.dims[j]}
+    )  # fmt: skip
+    free = [
+        dim
+        for expr, own in zip((a, b), shared, strict=True)
+        for i, dim in enumerate(expr.dims)
+        if i not in own
+    ]
+    factors = (*a.terms[0].factors, *b.terms[0].factors)
+    dims = (*(a.dims[i] for i in batch[0]), *free)
+    return Expr(dims, (ex.Term(1.0, factors),), a.dtype)
 
 
 def _count_readers(body: Body) -> dict[Value, int]:

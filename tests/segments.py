@@ -247,12 +247,59 @@ class Attention(nn.Module):
         return nn.Dense(3)(jnp.tanh(x + h))
 
 
-@segments(None)
+@segments(1143)
 def attention():
     """Query meets key and value meets output, per head, in spaces of 40."""
     batch = sequences(4, 3, batch_size=4, length=5)
     apply_fn, params = zoo.linen(Attention(), batch)
     return apply_fn, zoo._off_initial(params), batch
+
+
+@segments(2 * (2 * 4 * 20 + 2 * 20) + (2 * 4 * 18 + 2 * 18) + 2 * 18 * 4 + 4 + 4 * 3 + 3)
+def masked_attention():
+    """The same with biases in all maps and a causal mask, written out."""
+    heads = dict.fromkeys(("query", "key", "value"), (4, 2, 40))
+    shapes = heads | {f"{name}_bias": (2, 40) for name in heads}
+    shapes |= {"out": (2, 40, 4), "out_bias": (4,), "head": (4, 3), "head_bias": (3,)}
+    params = dict(zip(shapes, normal(*shapes.values()), strict=True))
+
+    def apply_fn(params, x):
+        query, key, value = (
+            jnp.einsum("bti,ihk->bthk", x, params[name]) + params[f"{name}_bias"] for name in heads
+        )
+        scores = jnp.einsum("bthk,bshk->bhts", query * 40**-0.5, key)
+        weights = jax.nn.softmax(jnp.where(jnp.tri(5, dtype=bool), scores, -1e9))
+        mixed = jnp.einsum("bhts,bshk->bthk", weights, value)
+        hidden = jnp.einsum("bthk,hko->bto", mixed, params["out"]) + params["out_bias"]
+        return jnp.tanh(x + hidden) @ params["head"] + params["head_bias"]
+
+    return apply_fn, params, sequences(4, 3, batch_size=4, length=5)
+
+
+@segments(3 * 4 * 8 + 8 + 8 * 3)
+def linear_attention():
+    """Keys meet values over the tokens, then queries meet the result; no softmax in between."""
+    shapes = {"q": (4, 40), "k": (4, 40), "v": (4, 40), "o": (40, 3), "b": (1, 40)}
+    params = dict(zip(shapes, normal(*shapes.values(), scale=0.5), strict=True))
+
+    def apply_fn(params, x):
+        memory = jnp.einsum("bsk,bsv->bkv", x @ params["k"], x @ params["v"] + params["b"])
+        mixed = jnp.einsum("btk,bkv->btv", x @ params["q"], memory)
+        return jnp.tanh(mixed @ params["o"])
+
+    return apply_fn, params, sequences(4, 3, batch_size=4, length=5)
+
+
+@segments(2 * 6 * 12)
+def squared_products():
+    """Contractions over two shared spaces close a cycle, so the smaller one keeps its entries."""
+    params = normal((6, 30), (6, 30))
+
+    def apply_fn(params, x):
+        a, b = (jnp.einsum("n,km->nkm", jnp.sin(x[:, i]), p) for i, p in enumerate(params))
+        return jnp.einsum("nkm,nkm->n", a, b)[:, None]
+
+    return apply_fn, params, rows(4, 1, TOKENS)
 
 
 @segments(2 * 16 * (4 + 1 + 3))
@@ -268,7 +315,7 @@ def mixed_heads():
     return apply_fn, params, sequences(4, 3, batch_size=4, length=5)
 
 
-@segments(None)
+@segments(2 * (4 * 8) + 4 * 4 + 4 * 3)
 def bilinear_scores():
     """Two maps that meet each other only, between tokens."""
     params = dict(zip("qkvo", normal((4, 40), (4, 40), (4, 4), (4, 3)), strict=True))
