@@ -154,6 +154,7 @@ class _Chooser:
                 if verdict.exact:
                     self._refuse_saddles(spaces, {} if is_aligned else reached.saddles, reached)
                     self._explain(tried)
+                    self._mention_doubt(spaces, frozenset() if is_aligned else reached.unsure)
                     return tried
                 reasons |= dict.fromkeys(tried.shapes, verdict.reason)
         self.reasons |= {
@@ -203,6 +204,15 @@ class _Chooser:
                             for n in taken.on(leaf).values()})  # fmt: skip
             listed = " and ".join(f"{size} of {dimension}" for size, dimension in parts)
             self.reasons[leaf] = f"backpropagation reaches {listed} directions of its hidden space"
+
+    def _mention_doubt(self, spaces: Spaces, unsure: frozenset[int]) -> None:
+        """Says where the rank depends on the tolerance; such directions are always kept."""
+        for leaf in {place.leaf for number in unsure for place in spaces.found[number].places}:
+            reason = self.reasons.get(leaf, "backpropagation reaches all of its hidden space")
+            self.reasons[leaf] = (
+                f"{reason}; some of these directions only by couplings of little more than the "
+                "weights' rounding, which initial values made in float64 would settle"
+            )
 
     def _refuse_infinite(self, spaces: Spaces) -> None:
         for leaf in sorted({place.leaf for space in spaces.found for place in space.places}):

@@ -410,6 +410,19 @@ def test_saddles_are_refused_by_name(name):
         )
 
 
+@pytest.mark.parametrize(("nudge", "doubtful"), [(3e-11, True), (1e-6, False), (0.0, False)])
+def test_rank_that_depends_on_the_tolerance_is_said(nudge, doubtful):
+    up, down = segments.balanced(4, 20, 4)
+    outside = segments.orthogonal(20, 1, seed=5)
+    down = down + nudge * (outside - up.T @ np.linalg.lstsq(up.T, outside, rcond=None)[0])
+    params = {"up": up, "down": down}
+    fc = fcjax.front_contribute(
+        lambda p, x: x @ p["up"] @ p["down"], params, np.ones((8, 4)), optimizer=optax.sgd(0.1)
+    )
+    assert fc.params["up"].shape == (4, 5 if nudge else 4)
+    assert [("weights' rounding" in row.reason) for row in fc.report] == [doubtful] * 2
+
+
 BAD_DATA = {
     "rows": (np.ones((9, 5)), "data for argument 0 has shape"),
     "axes": (np.ones(4), "data for argument 0 has shape"),
