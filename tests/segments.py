@@ -374,7 +374,7 @@ def nnx_blocks():
     return zoo.from_nnx(NnxBlocks(nnx.Rngs(0)), rows(4, 3, TOKENS))
 
 
-@segments(152, rho=160)
+@segments(152)
 def equinox_blocks():
     """Equinox layers (their kernels are transposed) mapped over rows."""
     keys = jax.random.split(jax.random.key(0), 4)
@@ -622,7 +622,7 @@ def inputs_of_low_rank():
     return apply_fn, params, batch, squared_error, data
 
 
-@segments(152, rho=160)
+@segments(152)
 def zero_pixels():
     """A relu net on flattened images whose border is zero."""
     inside = np.pad(np.ones((4, 4)), 1).reshape(-1)
