@@ -127,6 +127,7 @@ class Reading:
       zeros: arrays known to be zero, which scale by anything.
       level: axes along which an array is known to be constant.
       data: arrays that depend on data.
+      boundaries: the operations about which nothing is known, in order.
     """
 
     def __init__(self, data: Iterable[Value] = ()) -> None:
@@ -134,6 +135,7 @@ class Reading:
         self.steps: list[Step] = []
         self.zeros: set[Value] = set()
         self.level: set[Axis] = set()
+        self.boundaries: dict[str, None] = {}
 
     def start(self) -> None:
         """Begins the facts of another equation."""
@@ -245,5 +247,6 @@ def result(equation: Equation) -> Value:
 
 def boundary(reading: Reading, equation: Equation) -> None:
     """Nothing is known: nothing around it may scale."""
+    reading.boundaries.setdefault(str(equation.source.params.get("name", equation.name)))
     for atom in (*equation.inputs, *equation.outputs):
         reading.zero_all(atom)
