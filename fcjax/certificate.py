@@ -10,6 +10,7 @@ out one after another; what is left is solved as a graph, or numerically while i
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -275,12 +276,21 @@ def _met(array: Array, places: Sequence[tuple[int, Place]]) -> Array:
         numbers = place.numbers().ravel()[there]
         columns.append(np.where(numbers >= 0, numbers + start, -1))
     sizes = [int(column.max(initial=0)) + 2 for column in columns]
-    keys = np.unique(np.ravel_multi_index([column + 1 for column in columns], sizes))
+    keys = _different(np.ravel_multi_index([column + 1 for column in columns], sizes), sizes)
     rows = np.stack(np.unravel_index(keys, sizes), axis=-1) - 1
     alone = np.any(rows < 0, axis=1)
     if rows.shape[1] != 2:
         return rows
     return np.concatenate([rows[alone], _spanning(rows[~alone])])
+
+
+def _different(keys: Array, sizes: Sequence[int]) -> Array:
+    """The different ones of some numbers below the product of the sizes."""
+    if math.prod(sizes) > 4 * len(keys):
+        return np.unique(keys)
+    found = np.zeros(math.prod(sizes), bool)
+    found[keys] = True
+    return np.flatnonzero(found)
 
 
 def _spanning(pairs: Array) -> Array:

@@ -214,7 +214,8 @@ class Reading:
 
     def stack(self, axis: Axis, parts: Sequence[Axis | int]) -> None:
         """An axis that is made of others in turn; parts of no size are left out."""
-        kept = [part for part in parts if part != 0]
+        named = [part if isinstance(part, tuple) else int(part) for part in parts]
+        kept = [part for part in named if part != 0]
         if len(kept) == 1 and not isinstance(kept[0], int):
             self.same(axis, kept[0])
         else:
