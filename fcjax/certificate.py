@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fcjax import trace
@@ -26,13 +24,13 @@ from fcjax.names import layer_name, short_names
 from fcjax.report import trained_before_final
 from fcjax.symmetries import find
 from fcjax.trace import Body, Kind, Value
-from fcjax.units import Place, Symmetry, quadratic
+from fcjax.units import Place, Symmetry
 
 __all__ = ["Certificate", "LayerRank", "certificate", "hidden_leaves", "of_network"]
 
 Array = np.ndarray[Any, Any]
-LARGEST = 1500
-"""Relations between more laws than this are not solved numerically."""
+LARGEST = 10_000_000
+"""Relations whose matrix has more entries than this are not solved numerically."""
 TOLERANCE = 1e-9
 """Singular values below this, relative to the largest, count as zero."""
 
@@ -214,7 +212,7 @@ class _Relations:
         """A lower and an upper bound of the number of relations between coupled groups."""
         if not any(s.mixed for s in part):
             exactly = self._of_graph(part)
-        elif sum(s.laws for s in part) <= LARGEST:
+        elif sum(s.laws for s in part) * sum(a.size for a in self.arrays.values()) <= LARGEST:
             exactly = self._of_matrix(part)
         else:
             return (
@@ -243,22 +241,29 @@ class _Relations:
 
     def _of_matrix(self, part: Sequence[Symmetry]) -> int:
         """The same from the derivatives themselves."""
-        leaves = sorted({p.leaf for s in part for p in self._places(s)})
+        starts = itertools.accumulate((s.laws for s in part), initial=0)
+        columns = list(itertools.accumulate((a.size for a in self.arrays.values()), initial=0))
+        at = dict(zip(self.arrays, columns, strict=False))
+        derivatives = np.zeros((sum(s.laws for s in part), columns[-1]))
+        for start, symmetry in zip(starts, part, strict=False):
+            for place in self._places(symmetry):
+                array = self.arrays[place.leaf]
+                numbers = at[place.leaf] + np.arange(array.size).reshape(array.shape)
+                _differentiate(derivatives[start:], symmetry, place, array, numbers)
+        return len(derivatives) - _rank(derivatives)
 
-        def values(arrays: Sequence[Any]) -> Any:
-            given = dict(zip(leaves, arrays, strict=True))
-            restricted = [dataclasses.replace(s, places=tuple(self._places(s))) for s in part]
-            return jnp.concatenate([quadratic(s, given) for s in restricted])
 
-        laws = sum(s.laws for s in part)
-        if not leaves:
-            return laws
-        with jax.enable_x64(True):
-            inputs = [jnp.asarray(self.arrays[leaf]) for leaf in leaves]
-            _, pull = jax.vjp(values, inputs)
-            rows = jax.vmap(lambda one: jnp.concatenate([g.ravel() for g in pull(one)[0]]))
-            derivatives = np.asarray(jax.jit(rows)(jnp.eye(laws)))
-        return laws - _rank(derivatives)
+def _differentiate(
+    derivatives: Array, symmetry: Symmetry, place: Place, array: Array, numbers: Array
+) -> None:
+    """Adds the derivative of each law with respect to a parameter, whose entries have numbers."""
+    weights, columns = (symmetry.blocks([place.rows(x)]) for x in (array, numbers))
+    law = 0
+    for own, at in zip(weights, columns, strict=True):
+        for i, j in itertools.combinations_with_replacement(range(len(own)), 2):
+            derivatives[law, at[i]] += float(place.charge) * own[j]
+            derivatives[law, at[j]] += float(place.charge) * own[i]
+            law += 1
 
 
 def _rank(matrix: Array) -> int:
@@ -299,6 +304,8 @@ def _spanning(pairs: Array) -> Array:
     All units of one side of a connected part have one charge, whichever pairs connect it.
     """
     left, right = (np.unique(side) for side in pairs.T)
+    if not len(pairs):
+        return pairs
     if len(pairs) == len(left) * len(right):
         return pairs[(pairs[:, 0] == pairs[0, 0]) | (pairs[:, 1] == pairs[0, 1])]
     joined: Clusters[tuple[int, int]] = Clusters()
