@@ -162,8 +162,8 @@ class _Relations:
 
     def __init__(self, symmetries: Sequence[Symmetry], arrays: dict[int, Array]) -> None:
         self.arrays = arrays
-        self.laws = sum(s.laws for s in symmetries)
-        self.left = list(symmetries)
+        self.left = [s for s in symmetries if self._places(s)]
+        self.laws = sum(s.laws for s in self.left)
 
     def rank(self) -> tuple[int, int]:
         """A lower and an upper bound of the rank, which mostly agree."""

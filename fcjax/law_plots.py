@@ -130,7 +130,8 @@ def _figure(runs: dict[float, np.ndarray[Any, Any]], count: int, path: Any) -> A
         ends[rate] = drift.max()
         middle.plot(np.arange(len(values)) * rate, drift, color=color, label=f"{rate:g}")
     middle.set(xlabel="learning rate x steps", ylabel="largest drift of a law")
-    middle.legend(frameon=False, title="learning rate")
+    middle.set_ylim(0, 1.5 * max(ends.values()) or None)
+    middle.legend(frameon=False, title="learning rate", ncols=2, loc="upper left")
     right.loglog(list(ends), list(ends.values()), "o-", color="#08306b", label="largest drift")
     right.loglog(list(ends), [ends[largest] * rate / largest for rate in ends], "--",
                  color="#d94801", label="proportional to the rate")  # fmt: skip

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcjax import trace
+from fcjax.registry import registering
 from fcjax.trace import Atom, Body, Equation, Value
 
 __all__ = [
@@ -91,21 +92,7 @@ CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat2", "checkpo
 """Calls of a function that is differentiated as it is written."""
 
 
-def register(*names: str) -> Callable[[Rule], Rule]:
-    """Registers a rule for primitives by name; a second rule for a name is an error.
-
-    Raises:
-      ValueError: if a rule for the name exists.
-    """
-
-    def wrap(rule: Rule) -> Rule:
-        for name in names:
-            if name in RULES:
-                raise ValueError(f"primitive {name!r} has a scaling rule already")
-            RULES[name] = rule
-        return rule
-
-    return wrap
+register = registering(RULES, "scaling rule")
 
 
 def needed(body: Body, results: Iterable[Value]) -> list[Equation]:
@@ -158,10 +145,7 @@ class Reading:
         params = equation.source.params
         inner = trace.flatten(params.get("jaxpr") or params["call_jaxpr"])
         self.start()
-        for value, array in inner.constants:
-            self.zero_all(value)
-            if not isinstance(array, jax.core.Tracer) and not np.any(np.asarray(array)):
-                self.zeros.add(value)
+        self.constants(inner)
         for outside, inside in zip(equation.inputs, inner.inputs, strict=True):
             self._hand_over(outside, inside)
         for each in needed(inner, [a for a in inner.outputs if isinstance(a, Value)]):
@@ -170,6 +154,14 @@ class Reading:
         for inside_atom, made in zip(inner.outputs, equation.outputs, strict=True):
             if made is not None:
                 self._hand_over(inside_atom, made)
+
+    def constants(self, body: Body) -> None:
+        """Arrays that a function closes over do not scale, unless they are zero."""
+        for value, array in body.constants:
+            self.zero_all(value)
+            is_known = not isinstance(array, jax.core.Tracer)
+            if is_known and jnp.issubdtype(value.aval.dtype, jnp.inexact) and not np.any(array):
+                self.zeros.add(value)
 
     def _hand_over(self, given: Atom, taken: Value) -> None:
         if given in self.data:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fcjax.fold import is_relu
 from fcjax.scaling import ONE, Axis, Reading, boundary, needed, register, result, shape_of
@@ -32,10 +31,7 @@ def read(body: Body, fixed: Iterable[Value], data: Iterable[Value]) -> Reading:
     reading.start()
     for value in fixed:
         reading.zero_all(value)
-    for value, array in body.constants:
-        reading.zero_all(value)
-        if not isinstance(array, jax.core.Tracer) and not np.any(np.asarray(array)):
-            reading.zeros.add(value)
+    reading.constants(body)
     results = [a for a in body.outputs if isinstance(a, Value)]
     for value in results:
         reading.zero_all(value)

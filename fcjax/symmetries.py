@@ -197,7 +197,8 @@ class _Search:
         order = {value: i for i, value in enumerate(dict.fromkeys(v for v, *_ in self.nodes))}
         groups = []
         for solution in self.charges.solutions(self._freedom):
-            if any(self.nodes[n][0] in self.leaves for n in solution):
+            is_read = any(n in self.touching for n in solution)
+            if is_read and any(self.nodes[n][0] in self.leaves for n in solution):
                 groups.append(self._group(solution, order))
         return tuple(self._symmetry(group) for group in self._independent(groups))
 

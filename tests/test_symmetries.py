@@ -304,6 +304,39 @@ def test_units_that_are_added_to_each_other_scale_together(rng):
     assert check_conserved(fn, params, x) == 1
 
 
+def test_jax_attention_with_grouped_queries(rng):
+    """One matrix for each head of keys, and of values, summed over the queries that share it."""
+    params = [normal(rng, 3, h, 5) for h in (6, 2, 2)]
+
+    def apply(p, x):
+        q, k, v = (jnp.einsum("btd,dhk->bthk", x, w) for w in p)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    (symmetry,) = found(apply, params, normal(rng, 2, 4, 3))
+    assert (symmetry.mixed, symmetry.units) == (1, (2, 5))
+    assert [place.leaf for place in symmetry.places] == [0, 1]
+
+
+def test_rows_that_are_never_read_have_no_law(rng):
+    params = [normal(rng, 5, 4), normal(rng, 4, 2)]
+    assert described(lambda p, x: relu(x @ p[0][:3]) @ p[1], params, normal(rng, 5, 3)) == [
+        (False, (4,), [(0, 1, 1), (1, 0, -1)])
+    ]
+
+
+def test_constants_of_any_kind(rng):
+    """A closed-over key, and zeros, which scale with anything."""
+    params, x = layers(rng)
+    key, zero = jax.random.key(0), np.zeros(4)
+
+    def apply(p, x):
+        keep = jax.random.bernoulli(key, 0.5, (5, 4))
+        hidden = jnp.maximum(x @ p[0] + p[1] + zero, zero)
+        return jnp.where(keep, hidden / 0.5, 0.0) @ p[2]
+
+    assert described(apply, params, x) == [(False, (4,), [(0, 1, 1), (1, 0, 1), (2, 0, -1)])]
+
+
 @pytest.mark.parametrize(
     ("mask", "mixes"), [((5, 1), True), ((1, 4), False), ((5, 4), False), ((), True)]
 )
