@@ -14,6 +14,7 @@ from jax import lax
 from fcjax import expressions as ex
 from fcjax.compat import JaxprEqn, Literal
 from fcjax.expressions import Expr, Unrepresentable
+from fcjax.registry import registering
 
 __all__ = ["RULES", "VIEWS", "register"]
 
@@ -26,21 +27,7 @@ VIEWS = frozenset(
 """Primitives that only look at their operand differently, so that nothing is gained by a cut."""
 
 
-def register(*names: str) -> Callable[[Rule], Rule]:
-    """Registers a rule for primitives by name; a second rule for a name is an error.
-
-    Raises:
-      ValueError: if a rule for the name exists.
-    """
-
-    def wrap(rule: Rule) -> Rule:
-        for name in names:
-            if name in RULES:
-                raise ValueError(f"primitive {name!r} has a rule already")
-            RULES[name] = rule
-        return rule
-
-    return wrap
+register = registering(RULES, "rule")
 
 
 def _number(atom: Any) -> float | None:
