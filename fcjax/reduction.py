@@ -5,7 +5,7 @@ What the rules of ``rules.py`` chose, as functions between the two.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 
 from fcjax.compress import Compression
 from fcjax.errors import FrontContributionError
+from fcjax.flow_folds import FlowFold
 from fcjax.subspaces import made_with, outside
 from fcjax.trace import Value
 
@@ -59,6 +60,7 @@ class Reduction:
       followers: for each leaf that is folded away, the leaf it follows and with which signs.
       compression: the leaves that are trained in the coordinates of reachable spaces.
       reasons: why leaves were reduced, or why they could not be.
+      flows: the chains that are folded along gradient flow.
       deviation: how far the optimizer moved the reduced weights from the full ones in the
         experiment, relative to an update.
     """
@@ -67,25 +69,42 @@ class Reduction:
     followers: Mapping[int, tuple[int, np.ndarray[Any, Any]]]
     compression: Compression | None
     reasons: Mapping[int, str]
+    flows: tuple[FlowFold, ...] = ()
     deviation: float = 0.0
 
     @property
     def is_trivial(self) -> bool:
         """Whether every leaf is trained as it is."""
-        return not self.followers and self.compression is None
+        return not self.followers and not self.flows and self.compression is None
+
+    @functools.cached_property
+    def flow_of(self) -> Mapping[int, FlowFold]:
+        """For each leaf of a flow fold, that fold."""
+        return {leaf: fold for fold in self.flows for leaf in fold.leaves}
+
+    @functools.cached_property
+    def folded(self) -> frozenset[int]:
+        """The leaves that are folded away."""
+        return frozenset(self.followers) | {
+            leaf for leaf, fold in self.flow_of.items() if leaf != fold.survivor
+        }
 
     def rule(self, leaf: int) -> tuple[str, str] | None:
         """The rule that changes a leaf's shape, and for which optimizers it is exact."""
         if leaf in self.followers:
             return "fold", "sign"
+        if leaf in self.flow_of:
+            return "fold", "flow"
         if self.compression is not None and leaf in self.compression.shapes:
             return "compress", self.compression.exactness
         return None
 
     def reduced_shape(self, leaf: int) -> tuple[int, ...] | None:
         """The shape in which a leaf is trained, None if it is not."""
-        if leaf in self.followers or not self.tree.trained[leaf]:
+        if leaf in self.folded or not self.tree.trained[leaf]:
             return None
+        if leaf in self.flow_of:
+            return self.flow_of[leaf].trained_shape
         if self.compression is not None and leaf in self.compression.shapes:
             return self.compression.reduced_shape(leaf)
         return tuple(np.shape(self.tree.leaves[leaf]))
@@ -96,8 +115,9 @@ class Reduction:
         names = self.tree.paths
         dtypes = [jnp.result_type(leaf) for leaf in self.tree.leaves]
         signs = {names[k]: jnp.asarray(by, dtypes[k]) for k, (_, by) in self.followers.items()}
+        flows = {names[fold.survivor]: fold.fixed() for fold in self.flows}
         if self.compression is None:
-            return {"signs": signs, "bases": {}, "rests": {}, "places": {}}
+            return {"signs": signs, "bases": {}, "rests": {}, "places": {}, "flows": flows}
         found = self.compression.spaces.found
         bases = {
             str(number): jnp.asarray(array, dtypes[found[number].places[0].leaf])
@@ -105,7 +125,7 @@ class Reduction:
         }
         rests = {names[k]: jnp.asarray(a, dtypes[k]) for k, a in self.compression.rests.items()}
         places = {names[k]: jnp.asarray(self.compression.places(k)) for k in self.compression.rows}
-        return {"signs": signs, "bases": bases, "rests": rests, "places": places}
+        return {"signs": signs, "bases": bases, "rests": rests, "places": places, "flows": flows}
 
     def running(self, leaves: Sequence[Array], contributions: Contributions) -> list[Array]:
         """What the network in reduced coordinates is given: followers from their survivors.
@@ -117,7 +137,15 @@ class Reduction:
         for leaf, (survivor, _) in self.followers.items():
             signs = contributions["signs"][self.tree.paths[leaf]]
             made[leaf] = jax.lax.stop_gradient(signs * leaves[survivor])
+        for fold, fixed in self._flows(contributions):
+            for leaf, array in fold.running(leaves[fold.survivor], fixed).items():
+                made[leaf] = array
         return made
+
+    def _flows(self, contributions: Contributions) -> Iterator[tuple[FlowFold, Any]]:
+        """The flow folds with what is fixed for each."""
+        for fold in self.flows:
+            yield fold, contributions["flows"][self.tree.paths[fold.survivor]]
 
     def sources_in(self, inputs: Sequence[Value]) -> Sequence[Value]:
         """Which inputs of the reduced network are bases and places of rows; they come last."""
@@ -164,8 +192,18 @@ class Reduction:
         """
         if any(isinstance(x, jax.core.Tracer) for x in leaves):
             return
-        for leaf, back in enumerate(self.expand(reduced, self.contributions)):
-            if self.rule(leaf) is None:
+        restored = self.expand(reduced, self.contributions)
+        for fold in self.flows:
+            lost = fold.lost(leaves, restored)
+            if not lost <= ELSEWHERE:
+                names = ", ".join(self.tree.paths[leaf] for leaf in fold.leaves)
+                raise FrontContributionError(
+                    f"full parameters {names} are not on the manifold of the initial ones, on "
+                    f"which gradient flow stays: their conserved quantities differ by {lost:.1g} "
+                    "of their size. Call front_contribute again with these parameters."
+                )
+        for leaf, back in enumerate(restored):
+            if self.rule(leaf) is None or leaf in self.flow_of:
                 continue
             wide, again = np.asarray(leaves[leaf], np.float64), np.asarray(back, np.float64)
             lost = np.max(np.abs(wide - again), initial=0.0)
@@ -179,6 +217,9 @@ class Reduction:
     def expand(self, leaves: Sequence[Array], contributions: Contributions) -> list[Array]:
         """All original leaves."""
         full = self.running(leaves, contributions)
+        for fold, fixed in self._flows(contributions):
+            for leaf, array in fold.expand(leaves[fold.survivor], fixed).items():
+                full[leaf] = array
         for leaf in self.compression.shapes if self.compression is not None else ():
             full[leaf] = self._changed(leaf, leaves[leaf], contributions, back=True)
         return full
@@ -186,7 +227,9 @@ class Reduction:
     def reduce(self, leaves: Sequence[Array], contributions: Contributions) -> list[Array]:
         """The trained leaves, None for the others."""
         kept = [x if t else None for x, t in zip(leaves, self.tree.trained, strict=True)]
-        for leaf in self.followers:
+        for fold, fixed in self._flows(contributions):
+            kept[fold.survivor] = fold.reduce(leaves, fixed)
+        for leaf in self.folded:
             kept[leaf] = None
         for leaf in self.compression.shapes if self.compression is not None else ():
             kept[leaf] = self._changed(leaf, leaves[leaf], contributions, back=False)

@@ -224,7 +224,9 @@ def text(plan: Plan, reduction: Reduction) -> str:
 def counted(listed: Sequence[Row]) -> str:
     """How many leaves each rule treats."""
     of = {
-        name: sum(row.rule == rule for row in listed)
+        name: sum(
+            row.rule == rule and (rule != "fold" or row.reduced_shape is None) for row in listed
+        )
         for rule, name in (("fold", "folded away"), ("compress", "compressed"))
     }
     collapsed = sum(row.rule == "collapse" for row in listed)

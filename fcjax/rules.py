@@ -15,6 +15,8 @@ from fcjax import fold, lookups
 from fcjax.compress import Compression, compression
 from fcjax.equivariance import Change, Follows, Shrinks, Stays, Verdict, experiment
 from fcjax.errors import FrontContributionError
+from fcjax.flow_folds import FlowFold
+from fcjax.flow_rules import balanced, flow_folds
 from fcjax.reduction import Reduction, Tree, nothing
 from fcjax.spaces import Spaces, find
 from fcjax.subspaces import Basis, Reached, reach, span, used
@@ -27,7 +29,14 @@ Followers = dict[int, tuple[int, np.ndarray[Any, Any]]]
 
 
 def choose(
-    network: Written, tree: Tree, optimizer: Any, data: Data, example: Sequence[Any]
+    network: Written,
+    tree: Tree,
+    optimizer: Any,
+    data: Data,
+    example: Sequence[Any],
+    *,
+    flow: bool = False,
+    rebalance: bool = False,
 ) -> Reduction:
     """The largest reduction that the optimizer allows.
 
@@ -37,6 +46,8 @@ def choose(
       optimizer: the optax transformation that will train.
       data: the training inputs, by the numbers of their arguments, where these are known.
       example: the arguments the network was traced with.
+      flow: whether folds count that are exact as the learning rate goes to 0.
+      rebalance: whether chains may start from balanced parameters.
 
     Raises:
       FrontContributionError: if the initial values stand at a saddle of a hidden space, or the
@@ -45,8 +56,11 @@ def choose(
     if any(isinstance(leaf, jax.core.Tracer) for leaf in tree.leaves):
         unknown = "its initial values are not known while tracing, so all of it is trained"
         return nothing(tree, dict.fromkeys(range(len(tree.leaves)), unknown))
-    chooser = _Chooser(network, tree, optimizer)
+    tree, notes = balanced(network, tree) if rebalance else (tree, {})
+    chooser = _Chooser(network, tree, optimizer, flow)
     chosen = chooser.chosen(data)
+    reasons = {i: "; ".join(filter(None, (chosen.reasons.get(i), notes.get(i)))) for i in notes}
+    chosen = dataclasses.replace(chosen, reasons={**chosen.reasons, **reasons})
     chosen.refuse_outside(example)
     chooser.refuse_unread(chosen, example)
     return chosen
@@ -55,18 +69,25 @@ def choose(
 class _Chooser:
     """Asks the rules for proposals and the optimizer for its verdict on them."""
 
-    def __init__(self, network: Written, tree: Tree, optimizer: Any) -> None:
+    def __init__(self, network: Written, tree: Tree, optimizer: Any, flow: bool) -> None:
         self.network = network
         self.tree = tree
         self.optimizer = optimizer
+        self.flow = flow
+        self.flows: tuple[FlowFold, ...] = ()
         self.reasons: dict[int, str] = {}
         self.deviation = 0.0
 
     def chosen(self, data: Data) -> Reduction:
-        """Both rules, or compression alone if the optimizer does not allow them together."""
+        """Both rules, or compression alone if the optimizer does not allow them together.
+
+        What is folded along gradient flow is not compressed too.
+        """
         followers = self._folds()
+        if self.flow:
+            self._propose_flows(followers)
         compressed = self._compressed(data)
-        both = Reduction(self.tree, followers, compressed, self.reasons)
+        both = Reduction(self.tree, followers, compressed, self.reasons, self.flows)
         if followers and compressed is not None:
             verdict = self._verdict(both)
             if not verdict.exact:
@@ -86,6 +107,12 @@ class _Chooser:
         return verdict
 
     # --- fold ---
+
+    def _propose_flows(self, followers: Followers) -> None:
+        taken = set(followers) | {survivor for survivor, _ in followers.values()}
+        proposals = flow_folds(self.network, self.tree, self.optimizer, taken)
+        self.flows = proposals.folds
+        self.reasons |= proposals.reasons
 
     def _folds(self) -> Followers:
         """The leaves that follow others, if the optimizer lets them."""
@@ -219,12 +246,14 @@ class _Chooser:
 
         In half precision no change of coordinates is exact enough to be told from rounding.
         """
+        in_flows = {leaf for taken in self.flows for leaf in taken.leaves}
         return {
             i: basis
             for i, basis in bases.items()
             if basis is not None
             and (basis.rank or i in saddles)
             and basis.rank < spaces.found[i].dimension
+            and in_flows.isdisjoint(p.leaf for p in spaces.found[i].places)
             and all(
                 self.tree.leaves[p.leaf].dtype in (np.float32, np.float64)
                 for p in spaces.found[i].places

@@ -14,8 +14,11 @@ from jax import Array
 from fcjax import check, trace
 from fcjax import report as reporting
 from fcjax.errors import NotFoldableError
+from fcjax.flow_folds import MatrixFold
+from fcjax.flow_rules import unasked
 from fcjax.names import path_name
 from fcjax.plan import Plan, folds_always, plan
+from fcjax.products import with_products
 from fcjax.program import Program
 from fcjax.reduction import Tree, nothing
 from fcjax.report import Row
@@ -41,6 +44,7 @@ def front_contribute(
     data: Any = None,
     objective: Literal["time", "memory"] = "time",
     strict: bool = False,
+    rebalance: bool = False,
 ) -> "FrontContribution":
     r"""Traces a network and folds its non-final layers into effective weights.
 
@@ -63,14 +67,18 @@ def front_contribute(
       optimizer: the optax transformation that will train. It allows the rules that remove weights
         and are exact for this optimizer only; whether they are is tested by experiment. Without it
         all weights are trained.
-      exactness: ``"discrete"`` equals backpropagation step by step; ``"flow"`` and
-        ``"approximate"`` allow further rules, none of which exists yet.
+      exactness: ``"discrete"`` equals backpropagation step by step; ``"flow"`` also folds chains
+        whose conservation laws hold under gradient flow: over a fixed time ``learning rate *
+        steps`` the result then differs from that of SGD by a multiple of the learning rate. Needs
+        ``optimizer``. ``"approximate"`` allows further rules, none of which exists yet.
       data: the training inputs, an array for the first argument or a tuple of arrays for all of
         them: what first layers do for inputs outside their span is then not trained. Needs
         ``optimizer``.
       objective: what the planner saves: ``"time"`` of a step, or ``"memory"`` for the backward
         pass.
       strict: whether to raise unless every non-final weight is folded away.
+      rebalance: whether chains may start from balanced weights with the same function, where that
+        allows to fold them. Needs ``exactness="flow"`` and ``optimizer``.
 
     Returns:
       the folded network, see :class:`FrontContribution`.
@@ -94,11 +102,13 @@ def front_contribute(
     References:
       Mishra and Arunkumar 2021, https://arxiv.org/abs/2106.05569
     """
-    check.options(apply_fn, optimizer, exactness, objective, data)
+    check.options(apply_fn, optimizer, exactness, objective, data, rebalance)
     check.params(params)
     if not example_args:
         example_args = check.inferred_arguments(apply_fn, params)
-    fc = FrontContribution(apply_fn, params, example_args, objective, optimizer, data)
+    fc = FrontContribution(
+        apply_fn, params, example_args, objective, optimizer, data, exactness, rebalance
+    )
     if strict:
         _require_folded(fc)
     return fc
@@ -125,6 +135,8 @@ class FrontContribution:
         objective: Literal["time", "memory"] = "time",
         optimizer: Any = None,
         data: Any = None,
+        exactness: Literal["discrete", "flow", "approximate"] = "discrete",
+        rebalance: bool = False,
     ) -> None:
         self.apply_fn = apply_fn
         self.objective: Literal["time", "memory"] = objective
@@ -139,7 +151,13 @@ class FrontContribution:
         check.outputs(network.body, network.known)
         if optimizer is not None:
             given = check.data(data, call.arrays)
-            self._reduction = choose(network, self._tree, optimizer, given, call.arrays)
+            self._reduction = choose(
+                network, self._tree, optimizer, given, call.arrays,
+                flow=exactness != "discrete", rebalance=rebalance,
+            )  # fmt: skip
+            self._tree = self._reduction.tree
+        elif exactness != "discrete":
+            self._reduction = nothing(self._tree, unasked(network, len(self.paths)))
         self._example = self._planned(self._written(body, call), out_structure)
         self._compiled[self._key(self._avals, call)] = self._example
         self.contributions: dict[str, Any] = {
@@ -275,12 +293,46 @@ class FrontContribution:
         self._reduction.refuse_elsewhere(leaves, reduced)
         return jax.tree.unflatten(self._tree.structure, reduced)
 
+    def check(self, params: PyTree) -> tuple[str, ...]:
+        """Whether the flow folds are still valid at some trained parameters.
+
+        Gradient flow never leaves the region where their closed forms hold; training with a
+        learning rate can. Ask this now and then, outside of ``jit``.
+
+        Args:
+          params: parameters of the structure of ``fc.params``, with known values.
+
+        Returns:
+          One sentence for each fold that is no longer valid; empty if all are.
+
+        Raises:
+          FrontContributionError: if ``params`` has another structure or shapes.
+
+        Example:
+          >>> import jax.numpy as jnp, optax, fcjax
+          >>> apply_fn = lambda p, x: x @ p[0] @ p[1]
+          >>> params = [2 * jnp.eye(2), 2 * jnp.eye(2)]
+          >>> fc = fcjax.front_contribute(
+          ...     apply_fn, params, jnp.ones((1, 2)), optimizer=optax.sgd(0.1), exactness="flow"
+          ... )
+          >>> fc.check(fc.params)
+          ()
+          >>> fc.check([None, jnp.diag(jnp.array([4.0, -1.0]))])  # doctest: +ELLIPSIS
+          ('the determinant of the product in 1 has changed its sign: ...',)
+        """
+        leaves = self._leaves(params, self.contributions["frozen"])
+        broken = [
+            fold.broken(np.asarray(leaves[fold.survivor]), self.paths)
+            for fold in self._reduction.flows
+        ]
+        return tuple(found for found in broken if found)
+
     def _leaves(self, params: PyTree, frozen: Sequence[Any]) -> list[Any]:
         """All leaves, in the shapes in which they are trained; None for those that follow."""
         check.structure(params, self._params_structure, "params")
         given = jax.tree.leaves(params)
         kept = [
-            i for i, x in enumerate(self._tree.trained) if x and i not in self._reduction.followers
+            i for i, x in enumerate(self._tree.trained) if x and i not in self._reduction.folded
         ]
         check.shapes(given, self._shapes, [self.paths[i] for i in kept])
         trained, fixed = dict(zip(kept, given, strict=True)), iter(frozen)
@@ -323,18 +375,22 @@ class FrontContribution:
         return trace.flatten(jaxpr), jax.tree.structure(shapes)
 
     def _written(self, body: Body, call: "_Call") -> Written:
-        followers = self._reduction.followers
+        folded = self._reduction.folded
         of_params = [
-            PARAM if trained and leaf not in followers else FROZEN
+            PARAM if trained and leaf not in folded else FROZEN
             for leaf, trained in enumerate(self._tree.trained)
         ]
         return written(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))])
 
     def _planned(self, network: Written, out_structure: Any) -> "_Compiled":
-        taken = self._reduction.compression
-        if taken is None:
+        taken, reduced = self._reduction.compression, network
+        chains = [fold.chain for fold in self._reduction.flows if isinstance(fold, MatrixFold)]
+        if chains:
+            reduced = with_products(reduced, chains, self.paths)
+        if taken is not None:
+            reduced = rewritten(reduced, taken, self.paths)
+        if reduced is network:
             return _Compiled(plan(network, self.objective), out_structure)
-        reduced = rewritten(network, taken, self.paths)
         return _Compiled(plan(reduced, self.objective, network), out_structure)
 
     # --- what was found ---

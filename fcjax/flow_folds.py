@@ -1,0 +1,306 @@
+"""Flow folds of a network: which leaves one survivor determines along gradient flow, and how.
+
+Each fold is a pair of functions between the leaf that is trained and the leaves of the network,
+built on the closed forms of ``flows.py``. The arrays that are fixed before training are handed in,
+so that they can be saved and sharded as ``fc.contributions``.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fcjax import flows
+from fcjax.products import MatrixChain
+
+__all__ = ["RESOLVED", "ElementwiseFold", "FlowFold", "MatrixFold"]
+
+Array = Any
+Fixed = Mapping[str, Array]
+
+RESOLVED = 4.0
+"""How far the smallest singular value must stand above the root of eps, relative to the largest:
+below, one eigendecomposition of a Gram matrix does not tell singular directions apart."""
+
+
+class FlowFold(Protocol):
+    """What every fold offers."""
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """The numbers of all its leaves, in the order in which the network reads them."""
+
+    @property
+    def survivor(self) -> int:
+        """The leaf in whose place the survivor is trained."""
+
+    @property
+    def trained_shape(self) -> tuple[int, ...]:
+        """The shape in which the survivor is trained."""
+
+    def fixed(self) -> dict[str, Any]:
+        """The arrays that are computed before training."""
+
+    def running(self, trained: Array, fixed: Fixed) -> dict[int, Array]:
+        """What the network is given for each leaf."""
+
+    def expand(self, trained: Array, fixed: Fixed) -> dict[int, Array]:
+        """All leaves."""
+
+    def reduce(self, full: Sequence[Array], fixed: Fixed) -> Array:
+        """The survivor, from all leaves of the tree."""
+
+    def lost(self, full: Sequence[Array], back: Sequence[Array]) -> float:
+        """How much of full leaves is lost when they are reduced, relative to their size."""
+
+    def broken(self, trained: np.ndarray, names: Sequence[str]) -> str:
+        """Why the closed form is no longer valid at a survivor; nothing if it is."""
+
+    def drift(self, trained: Array, gradient: Array, fixed: Fixed) -> Array:
+        """The size of the change of the laws by one step of SGD, over its squared rate."""
+
+    def formula(self, names: Sequence[str]) -> list[str]:
+        """The closed form, for people."""
+
+    def law(self, names: Sequence[str]) -> str:
+        """Why the leaves follow, in one sentence."""
+
+
+# --- elementwise chains -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ElementwiseFold:
+    """An elementwise chain; the factor of smallest magnitude is trained, element by element.
+
+    Attributes:
+      leaves: the factors.
+      constants: ``w_l^2 - u^2``, shape ``(L, *shape)``.
+      signs: see ``flows.survivor``.
+    """
+
+    leaves: tuple[int, ...]
+    constants: np.ndarray
+    signs: np.ndarray
+
+    @property
+    def survivor(self) -> int:
+        """The last factor's place."""
+        return self.leaves[-1]
+
+    @property
+    def trained_shape(self) -> tuple[int, ...]:
+        """That of every factor."""
+        return tuple(self.constants.shape[1:])
+
+    def fixed(self) -> dict[str, Any]:
+        """The constants and signs."""
+        return {"constants": jnp.asarray(self.constants), "signs": jnp.asarray(self.signs)}
+
+    def running(self, trained: Array, fixed: Fixed) -> dict[int, Array]:
+        """Signs for all factors but the last, which carries all magnitudes."""
+        now, product = flows.effective(trained, fixed["constants"], fixed["signs"])
+        return {**dict(zip(self.leaves[:-1], now, strict=True)), self.survivor: product}
+
+    def expand(self, trained: Array, fixed: Fixed) -> dict[int, Array]:
+        """All factors."""
+        made = flows.factors(trained, fixed["constants"], fixed["signs"])
+        return dict(zip(self.leaves, made, strict=True))
+
+    def reduce(self, full: Sequence[Array], fixed: Fixed) -> Array:
+        """The element of whichever factor survives there."""
+        follows = fixed["constants"] == 0
+        is_survivor = follows & (jnp.cumsum(follows, axis=0) == 1)
+        stacked = jnp.stack([full[leaf] for leaf in self.leaves])
+        return jnp.sum(jnp.where(is_survivor, stacked * fixed["signs"], 0), axis=0)
+
+    def lost(self, full: Sequence[Array], back: Sequence[Array]) -> float:
+        """The largest difference of a factor."""
+        pairs = [(np.asarray(full[i]), np.asarray(back[i])) for i in self.leaves]
+        sizes = [np.max(np.abs(a), initial=np.finfo(a.dtype).tiny) for a, _ in pairs]
+        return max(
+            float(np.max(np.abs(a - b), initial=0.0) / s)
+            for (a, b), s in zip(pairs, sizes, strict=True)
+        )
+
+    def broken(self, trained: np.ndarray, names: Sequence[str]) -> str:
+        """Only numbers that are not finite break it: no folded factor can change its sign."""
+        if np.isfinite(trained).all():
+            return ""
+        return f"{names[self.survivor]} is not finite"
+
+    def drift(self, trained: Array, gradient: Array, fixed: Fixed) -> Array:
+        """The largest squared gradient of an element: those of the other factors are smaller."""
+        return jnp.max(gradient**2, initial=0.0)
+
+    def formula(self, names: Sequence[str]) -> list[str]:
+        """``w_eff = w3 * sqrt(w3^2 + c1) * sqrt(w3^2 + c2)``, with the ranges of the constants."""
+        count = len(self.leaves)
+        name = names[self.survivor]
+        roots = " * ".join(f"sqrt({name}^2 + c{i + 1})" for i in range(count - 1))
+        ordered = np.sort(self.constants, axis=0)[1:]
+        per_factor = np.sum(self.constants == 0, axis=tuple(range(1, self.constants.ndim)))
+        chosen = ", ".join(
+            f"{names[leaf]} {n}" for leaf, n in zip(self.leaves, per_factor, strict=True) if n
+        )
+        return [
+            f"{' * '.join(names[leaf] for leaf in self.leaves)} = +-{name} * {roots}",
+            *(f"    c{i + 1} {_described(constants)}" for i, constants in enumerate(ordered)),
+            f"    {name} holds the smallest factor of each element: {chosen}",
+        ]
+
+    def law(self, names: Sequence[str]) -> str:
+        """The difference of squares."""
+        others = ", ".join(names[leaf] for leaf in self.leaves[:-1])
+        return (
+            f"gradient flow conserves the differences of the squares of {others} and "
+            f"{names[self.survivor]}, element by element; the smallest of them is trained"
+        )
+
+
+def _described(constants: np.ndarray) -> str:
+    shape = "x".join(map(str, constants.shape)) or "1"
+    return f"[{shape}] in {constants.min(initial=np.inf):.3g} .. {constants.max(initial=0):.3g}"
+
+
+# --- matrix chains ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MatrixFold:
+    """A matrix chain; its product is trained.
+
+    Attributes:
+      chain: the factors.
+      offsets: by how much the squared singular values of each exceed those of the smallest.
+      rank: the smallest width.
+      gauge: the singular bases of the initial factors.
+      trained_shape: the shape of the product.
+      determinant: the sign of the initial determinant; zero if it may change, or there is none.
+      dtype: the dtype of the factors.
+    """
+
+    chain: MatrixChain
+    offsets: np.ndarray
+    rank: int
+    gauge: flows.Gauge
+    trained_shape: tuple[int, ...]
+    determinant: float
+    dtype: Any
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """The factors."""
+        return self.chain.leaves
+
+    @property
+    def survivor(self) -> int:
+        """The last factor's place, in which the product is trained."""
+        return self.chain.leaves[-1]
+
+    def fixed(self) -> dict[str, Any]:
+        """The offsets and the initial singular bases."""
+        bases = tuple(jnp.asarray(basis, self.dtype) for basis in self.gauge.bases)
+        return {"offsets": jnp.asarray(self.offsets, self.dtype), "bases": bases}
+
+    def running(self, trained: Array, fixed: Fixed) -> dict[int, Array]:
+        """The product; the factors are not read, and zero stands for them."""
+        product = flows.matrix_product(trained, fixed["offsets"], self.rank)
+        return {**dict.fromkeys(self.leaves, jnp.zeros((), self.dtype)), self.survivor: product}
+
+    def expand(self, trained: Array, fixed: Fixed) -> dict[int, Array]:
+        """Factors with this product and the same laws, see ``flows.matrix_factors``."""
+        made = flows.matrix_factors(
+            trained, fixed["offsets"], self.rank, flows.Gauge(fixed["bases"])
+        )
+        stored = [a.T if t else a for a, t in zip(made, self.chain.turned, strict=True)]
+        return dict(zip(self.leaves, stored, strict=True))
+
+    def reduce(self, full: Sequence[Array], fixed: Fixed) -> Array:
+        """The product of the factors."""
+        return functools.reduce(_dot, self.upright(full))
+
+    def upright(self, full: Sequence[Array]) -> list[Array]:
+        """The factors with their input axes first."""
+        return [
+            full[leaf].T if turned else full[leaf]
+            for leaf, turned in zip(self.leaves, self.chain.turned, strict=True)
+        ]
+
+    def lost(self, full: Sequence[Array], back: Sequence[Array]) -> float:
+        """How far the laws are from the initial ones; hidden bases carry no function."""
+        given = [np.asarray(factor) for factor in self.upright(full)]
+        offsets, violation = flows.gaps(given)
+        size = max(float(np.linalg.norm(factor) ** 2) for factor in given)
+        return max(violation, float(np.max(np.abs(offsets - self.offsets))) / size)
+
+    def broken(self, trained: np.ndarray, names: Sequence[str]) -> str:
+        """A singular value that has come to zero, or a determinant that has changed its sign."""
+        name = names[self.survivor]
+        if not np.isfinite(trained).all():
+            return f"{name} is not finite"
+        sizes = np.linalg.svd(np.asarray(trained, np.float64), compute_uv=False)
+        least = float(sizes[self.rank - 1] / max(sizes[0], np.finfo(float).tiny))
+        if self.determinant and np.linalg.slogdet(trained)[0] != self.determinant:
+            return (
+                f"the determinant of the product in {name} has changed its sign: gradient flow "
+                "never lets a singular value of a balanced chain pass zero"
+            )
+        if least < resolution(self.dtype):
+            return (
+                f"the smallest singular value of the product in {name} is {least:.1g} of the "
+                f"largest, below the {resolution(self.dtype):.1g} that {np.dtype(self.dtype).name} "
+                "resolves"
+            )
+        if self.rank < len(sizes) and sizes[self.rank] > sizes[self.rank - 1] / 2:
+            return (
+                f"the product in {name} has left the matrices of rank {self.rank}: its next "
+                f"singular value is {sizes[self.rank] / sizes[self.rank - 1]:.1g} of the last"
+            )
+        return ""
+
+    def drift(self, trained: Array, gradient: Array, fixed: Fixed) -> Array:
+        """The sum of the squared norms of the gradients of all factors."""
+        return flows.gradient_norms(trained, gradient, fixed["offsets"], self.rank)
+
+    def formula(self, names: Sequence[str]) -> list[str]:
+        """``Z = W1 W2 W3``, its laws and the preconditioner of its gradient."""
+        count, name = len(self.leaves), names[self.survivor]
+        product = " ".join(
+            f"{names[leaf]}{'^T' if turned else ''}"
+            for leaf, turned in zip(self.leaves, self.chain.turned, strict=True)
+        )
+        sizes = "x".join(map(str, self.trained_shape))
+        lines = [f"{product} = {name} [{sizes}], rank {self.rank}"]
+        if not self.offsets.any():
+            lines.append(
+                f"    balanced: every factor has the singular values of {name}^(1/{count})"
+            )
+        else:
+            listed = ", ".join(f"{c:.3g}" for c in self.offsets)
+            lines.append(
+                f"    the squared singular values of the factors exceed the smallest by {listed}"
+            )
+        return lines
+
+    def law(self, names: Sequence[str]) -> str:
+        """The matrix law."""
+        others = ", ".join(names[leaf] for leaf in self.leaves[:-1])
+        return (
+            f"gradient flow conserves W_(j+1) W_(j+1)^T - W_j^T W_j along {others}, "
+            f"{names[self.survivor]}, so their product determines their singular values; the "
+            "product is trained"
+        )
+
+
+def resolution(dtype: Any) -> float:
+    """The least share of the largest singular value that a smaller one may have."""
+    return RESOLVED * float(jnp.finfo(dtype).eps) ** 0.5
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
