@@ -1,5 +1,7 @@
 """Front contribution: train over-parameterised networks at the plain network's price, exactly."""
 
+from fcjax.drift import DriftState as DriftState
+from fcjax.drift import track_drift as track_drift
 from fcjax.equivariance import equivariance as equivariance
 from fcjax.errors import FrontContributionError as FrontContributionError
 from fcjax.errors import NotFoldableError as NotFoldableError
@@ -10,6 +12,7 @@ from fcjax.verify import Verification as Verification
 from fcjax.verify import verify as verify
 
 __all__ = [
+    "DriftState",
     "FrontContribution",
     "FrontContributionError",
     "NotFoldableError",
@@ -17,5 +20,6 @@ __all__ = [
     "Verification",
     "equivariance",
     "front_contribute",
+    "track_drift",
     "verify",
 ]

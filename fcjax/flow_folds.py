@@ -63,7 +63,14 @@ class FlowFold(Protocol):
     def drift(self, trained: Array, gradient: Array, fixed: Fixed) -> Array:
         """The size of the change of the laws by one step of SGD, over its squared rate."""
 
-    def formula(self, names: Sequence[str]) -> list[str]:
+    @property
+    def symbol(self) -> str:
+        """What the effective weight is called."""
+
+    def shown(self, names: Sequence[str], label: str) -> dict[int, str]:
+        """What the network reads in the places of the leaves, for people."""
+
+    def formula(self, names: Sequence[str], label: str) -> list[str]:
         """The closed form, for people."""
 
     def law(self, names: Sequence[str]) -> str:
@@ -137,28 +144,32 @@ class ElementwiseFold:
         """The largest squared gradient of an element: those of the other factors are smaller."""
         return jnp.max(gradient**2, initial=0.0)
 
-    def formula(self, names: Sequence[str]) -> list[str]:
+    symbol = "w_eff"
+
+    def shown(self, names: Sequence[str], label: str) -> dict[int, str]:
+        """Signs, and all magnitudes in the last place."""
+        signs = {leaf: f"sign({names[leaf]})" for leaf in self.leaves}
+        return {**signs, self.survivor: f"|{label}| {signs[self.survivor]}"}
+
+    def formula(self, names: Sequence[str], label: str) -> list[str]:
         """``w_eff = w3 * sqrt(w3^2 + c1) * sqrt(w3^2 + c2)``, with the ranges of the constants."""
-        count = len(self.leaves)
         name = names[self.survivor]
-        roots = " * ".join(f"sqrt({name}^2 + c{i + 1})" for i in range(count - 1))
         ordered = np.sort(self.constants, axis=0)[1:]
-        per_factor = np.sum(self.constants == 0, axis=tuple(range(1, self.constants.ndim)))
-        chosen = ", ".join(
-            f"{names[leaf]} {n}" for leaf, n in zip(self.leaves, per_factor, strict=True) if n
-        )
+        roots = "".join(f" * sqrt({name}^2 + c{i + 1})" for i in range(len(ordered)))
+        where = [np.sum(c == 0) for c in self.constants]
+        chosen = ", ".join(f"{names[i]} {n}" for i, n in zip(self.leaves, where, strict=True) if n)
         return [
-            f"{' * '.join(names[leaf] for leaf in self.leaves)} = +-{name} * {roots}",
+            f"{label} = {' * '.join(names[leaf] for leaf in self.leaves)} = +-{name}{roots}",
             *(f"    c{i + 1} {_described(constants)}" for i, constants in enumerate(ordered)),
-            f"    {name} holds the smallest factor of each element: {chosen}",
+            f"    {name} is trained as the smallest factor of each element: {chosen}",
         ]
 
     def law(self, names: Sequence[str]) -> str:
         """The difference of squares."""
-        others = ", ".join(names[leaf] for leaf in self.leaves[:-1])
         return (
-            f"gradient flow conserves the differences of the squares of {others} and "
-            f"{names[self.survivor]}, element by element; the smallest of them is trained"
+            f"gradient flow conserves the differences of the squares of "
+            f"{_enumerated(self.leaves, names)}, element by element; the smallest of them is "
+            f"trained in the place of {names[self.survivor]}"
         )
 
 
@@ -267,34 +278,45 @@ class MatrixFold:
         """The sum of the squared norms of the gradients of all factors."""
         return flows.gradient_norms(trained, gradient, fixed["offsets"], self.rank)
 
-    def formula(self, names: Sequence[str]) -> list[str]:
-        """``Z = W1 W2 W3``, its laws and the preconditioner of its gradient."""
-        count, name = len(self.leaves), names[self.survivor]
+    symbol = "W_eff"
+
+    def shown(self, names: Sequence[str], label: str) -> dict[int, str]:
+        """The product in the last place."""
+        return {self.survivor: label}
+
+    def formula(self, names: Sequence[str], label: str) -> list[str]:
+        """``W_eff = W1 W2 W3``, and what the laws say of its factors."""
         product = " ".join(
             f"{names[leaf]}{'^T' if turned else ''}"
             for leaf, turned in zip(self.leaves, self.chain.turned, strict=True)
         )
         sizes = "x".join(map(str, self.trained_shape))
-        lines = [f"{product} = {name} [{sizes}], rank {self.rank}"]
-        if not self.offsets.any():
-            lines.append(
-                f"    balanced: every factor has the singular values of {name}^(1/{count})"
-            )
-        else:
+        roots = f"s_j = sigma({label})^(1/{len(self.leaves)})"
+        if self.offsets.any():
             listed = ", ".join(f"{c:.3g}" for c in self.offsets)
-            lines.append(
-                f"    the squared singular values of the factors exceed the smallest by {listed}"
-            )
-        return lines
+            roots = f"s_j = sqrt(t + c_j), prod_j s_j = sigma({label}), c = {listed}"
+        return [
+            f"{label} = {product} [{sizes}], trained in the place of {names[self.survivor]}",
+            f"    singular values of the factors: {roots}",
+        ]
 
     def law(self, names: Sequence[str]) -> str:
         """The matrix law."""
-        others = ", ".join(names[leaf] for leaf in self.leaves[:-1])
         return (
-            f"gradient flow conserves W_(j+1) W_(j+1)^T - W_j^T W_j along {others}, "
-            f"{names[self.survivor]}, so their product determines their singular values; the "
-            "product is trained"
+            "gradient flow conserves W_(j+1) W_(j+1)^T - W_j^T W_j along "
+            f"{_enumerated(self.leaves, names)}, so that their product determines how it moves; "
+            f"it is trained in the place of {names[self.survivor]}"
         )
+
+
+def _enumerated(leaves: Sequence[int], names: Sequence[str]) -> str:
+    listed = [names[leaf] for leaf in leaves]
+    if len(listed) > MOST_NAMES:
+        listed = [*listed[:2], f"{len(listed) - 3} more", listed[-1]]
+    return ", ".join(listed)
+
+
+MOST_NAMES = 5
 
 
 def resolution(dtype: Any) -> float:

@@ -88,7 +88,7 @@ def factors(u: Array, constants: Array, signs: Array) -> Array:
 
     Example:
       >>> u, constants, signs = survivor([np.array([3.0]), np.array([-5.0])])
-      >>> factors(u, constants, signs).ravel().tolist()
+      >>> factors(jnp.asarray(u), constants, signs).ravel().tolist()
       [3.0, -5.0]
     """
     return _signs_now(u, constants, signs) * _magnitudes(u, constants)

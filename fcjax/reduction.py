@@ -147,6 +147,17 @@ class Reduction:
         for fold in self.flows:
             yield fold, contributions["flows"][self.tree.paths[fold.survivor]]
 
+    def law_gradients(
+        self, leaves: Sequence[Array], gradients: Sequence[Array], contributions: Contributions
+    ) -> dict[str, Array]:
+        """By how much a step changes the laws of each flow fold, over its squared rate."""
+        return {
+            self.tree.paths[fold.survivor]: fold.drift(
+                leaves[fold.survivor], gradients[fold.survivor], fixed
+            )
+            for fold, fixed in self._flows(contributions)
+        }
+
     def sources_in(self, inputs: Sequence[Value]) -> Sequence[Value]:
         """Which inputs of the reduced network are bases and places of rows; they come last."""
         taken = self.compression

@@ -327,6 +327,34 @@ class FrontContribution:
         ]
         return tuple(found for found in broken if found)
 
+    def law_gradients(self, params: PyTree, gradient: PyTree) -> dict[str, Any]:
+        """By how much one step of SGD changes what each flow fold takes as conserved.
+
+        Args:
+          params: parameters of the structure of ``fc.params``.
+          gradient: the gradient of a loss by them.
+
+        Returns:
+          For each flow fold, under the name of its survivor, a scalar that times the squared
+          learning rate bounds the change; see :func:`fcjax.track_drift`.
+
+        Raises:
+          FrontContributionError: if either has another structure or shapes.
+
+        Example:
+          >>> import jax.numpy as jnp, optax, fcjax
+          >>> fc = fcjax.front_contribute(
+          ...     lambda p, x: x * p[0] * p[1], [jnp.ones(2), 2 * jnp.ones(2)], jnp.ones((1, 2)),
+          ...     optimizer=optax.sgd(0.1), exactness="flow",
+          ... )
+          >>> found = fc.law_gradients(fc.params, [None, jnp.array([3.0, -1.0])])
+          >>> {name: float(square) for name, square in found.items()}
+          {'1': 9.0}
+        """
+        frozen = self.contributions["frozen"]
+        leaves, gradients = self._leaves(params, frozen), self._leaves(gradient, frozen)
+        return self._reduction.law_gradients(leaves, gradients, self.contributions)
+
     def _leaves(self, params: PyTree, frozen: Sequence[Any]) -> list[Any]:
         """All leaves, in the shapes in which they are trained; None for those that follow."""
         check.structure(params, self._params_structure, "params")
