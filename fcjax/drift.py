@@ -57,10 +57,11 @@ def track_drift(
     Put it in front of the optimizer; gradients pass unchanged. What is bounded is the change of the
     conserved quantities along SGD on the untouched network with the same learning rate: for an
     elementwise chain of ``w_l^2 - w_m^2`` in any element, for a matrix chain the Frobenius norm of
-    the change of any ``W_{j+1} W_{j+1}^T - W_j^T W_j``. The folded network keeps them. The gradients
-    are taken where the folded network is, and the bound is doubled to allow for that: it holds once
-    the learning rate is small enough for the two to stay close. It is no bound of the outputs;
-    these deviate by the same order of the learning rate.
+    the change of any ``W_{j+1} W_{j+1}^T - W_j^T W_j``. The folded network keeps them. The
+    gradients are taken where the folded network is, and the bound is doubled to allow for that: it
+    holds once the learning rate is small enough for the two to stay close. It is no bound of the
+    outputs; these deviate by the same order of the learning rate. With weight decay and without
+    momentum it bounds the change from the shrinking constants.
 
     Args:
       fc: a network folded with ``exactness="flow"``.

@@ -3,6 +3,11 @@
 Each fold is a pair of functions between the leaf that is trained and the leaves of the network,
 built on the closed forms of ``flows.py``. The arrays that are fixed before training are handed in,
 so that they can be saved and sharded as ``fc.contributions``.
+
+Weight decay multiplies all factors by one number rho over time, and so the constants of their laws
+by ``rho^2``. Where the optimizer decays weights, rho is trained along, in the place of the first
+folded leaf: it starts at 1, its gradient is zero, and the optimizer does to it what it does to a
+weight without gradient.
 """
 
 import dataclasses
@@ -42,25 +47,29 @@ class FlowFold(Protocol):
     def trained_shape(self) -> tuple[int, ...]:
         """The shape in which the survivor is trained."""
 
+    @property
+    def decays(self) -> bool:
+        """Whether rho is trained along, in the place of the first leaf."""
+
     def fixed(self) -> dict[str, Any]:
         """The arrays that are computed before training."""
 
-    def running(self, trained: Array, fixed: Fixed) -> dict[int, Array]:
+    def running(self, trained: Array, rho: Array, fixed: Fixed) -> dict[int, Array]:
         """What the network is given for each leaf."""
 
-    def expand(self, trained: Array, fixed: Fixed) -> dict[int, Array]:
+    def expand(self, trained: Array, rho: Array, fixed: Fixed) -> dict[int, Array]:
         """All leaves."""
 
-    def reduce(self, full: Sequence[Array], fixed: Fixed) -> Array:
-        """The survivor, from all leaves of the tree."""
+    def reduce(self, full: Sequence[Array], fixed: Fixed) -> tuple[Array, Array]:
+        """The survivor and rho, from all leaves of the tree."""
 
     def lost(self, full: Sequence[Array], back: Sequence[Array]) -> float:
         """How much of full leaves is lost when they are reduced, relative to their size."""
 
-    def broken(self, trained: np.ndarray, names: Sequence[str]) -> str:
+    def broken(self, trained: np.ndarray, rho: float, names: Sequence[str]) -> str:
         """Why the closed form is no longer valid at a survivor; nothing if it is."""
 
-    def drift(self, trained: Array, gradient: Array, fixed: Fixed) -> Array:
+    def drift(self, trained: Array, gradient: Array, rho: Array, fixed: Fixed) -> Array:
         """The size of the change of the laws by one step of SGD, over its squared rate."""
 
     @property
@@ -88,11 +97,13 @@ class ElementwiseFold:
       leaves: the factors.
       constants: ``w_l^2 - u^2``, shape ``(L, *shape)``.
       signs: see ``flows.survivor``.
+      decays: whether rho is trained along.
     """
 
     leaves: tuple[int, ...]
     constants: np.ndarray
     signs: np.ndarray
+    decays: bool = False
 
     @property
     def survivor(self) -> int:
@@ -108,22 +119,24 @@ class ElementwiseFold:
         """The constants and signs."""
         return {"constants": jnp.asarray(self.constants), "signs": jnp.asarray(self.signs)}
 
-    def running(self, trained: Array, fixed: Fixed) -> dict[int, Array]:
+    def running(self, trained: Array, rho: Array, fixed: Fixed) -> dict[int, Array]:
         """Signs for all factors but the last, which carries all magnitudes."""
-        now, product = flows.effective(trained, fixed["constants"], fixed["signs"])
+        constants = fixed["constants"] * lax.stop_gradient(rho) ** 2
+        now, product = flows.effective(trained, constants, fixed["signs"])
         return {**dict(zip(self.leaves[:-1], now, strict=True)), self.survivor: product}
 
-    def expand(self, trained: Array, fixed: Fixed) -> dict[int, Array]:
+    def expand(self, trained: Array, rho: Array, fixed: Fixed) -> dict[int, Array]:
         """All factors."""
-        made = flows.factors(trained, fixed["constants"], fixed["signs"])
+        made = flows.factors(trained, fixed["constants"] * rho**2, fixed["signs"])
         return dict(zip(self.leaves, made, strict=True))
 
-    def reduce(self, full: Sequence[Array], fixed: Fixed) -> Array:
-        """The element of whichever factor survives there."""
-        follows = fixed["constants"] == 0
-        is_survivor = follows & (jnp.cumsum(follows, axis=0) == 1)
+    def reduce(self, full: Sequence[Array], fixed: Fixed) -> tuple[Array, Array]:
+        """The element of whichever factor survives there, and rho from the differences."""
+        constants = fixed["constants"]
+        is_survivor = (constants == 0) & (jnp.cumsum(constants == 0, axis=0) == 1)
         stacked = jnp.stack([full[leaf] for leaf in self.leaves])
-        return jnp.sum(jnp.where(is_survivor, stacked * fixed["signs"], 0), axis=0)
+        u = jnp.sum(jnp.where(is_survivor, stacked * fixed["signs"], 0), axis=0)
+        return u, _fitted(stacked**2 - u**2, constants)
 
     def lost(self, full: Sequence[Array], back: Sequence[Array]) -> float:
         """The largest difference of a factor."""
@@ -134,13 +147,13 @@ class ElementwiseFold:
             for (a, b), s in zip(pairs, sizes, strict=True)
         )
 
-    def broken(self, trained: np.ndarray, names: Sequence[str]) -> str:
+    def broken(self, trained: np.ndarray, rho: float, names: Sequence[str]) -> str:
         """Only numbers that are not finite break it: no folded factor can change its sign."""
-        if np.isfinite(trained).all():
-            return ""
-        return f"{names[self.survivor]} is not finite"
+        if not np.isfinite(trained).all():
+            return f"{names[self.survivor]} is not finite"
+        return _vanished(rho, names[self.leaves[0]])
 
-    def drift(self, trained: Array, gradient: Array, fixed: Fixed) -> Array:
+    def drift(self, trained: Array, gradient: Array, rho: Array, fixed: Fixed) -> Array:
         """The largest squared gradient of an element: those of the other factors are smaller."""
         return jnp.max(gradient**2, initial=0.0)
 
@@ -162,7 +175,13 @@ class ElementwiseFold:
             f"{label} = {' * '.join(names[leaf] for leaf in self.leaves)} = +-{name}{roots}",
             *(f"    c{i + 1} {_described(constants)}" for i, constants in enumerate(ordered)),
             f"    {name} is trained as the smallest factor of each element: {chosen}",
+            *self._decay(names),
         ]
+
+    def _decay(self, names: Sequence[str]) -> list[str]:
+        if not self.decays:
+            return []
+        return [f"    {names[self.leaves[0]]} is trained as rho, by whose square decay shrinks c"]
 
     def law(self, names: Sequence[str]) -> str:
         """The difference of squares."""
@@ -193,6 +212,8 @@ class MatrixFold:
       trained_shape: the shape of the product.
       determinant: the sign of the initial determinant; zero if it may change, or there is none.
       dtype: the dtype of the factors.
+      decays: whether rho is trained along; trained is then the product over ``rho^(N-1)``, which
+        decays as a single factor does.
     """
 
     chain: MatrixChain
@@ -202,6 +223,7 @@ class MatrixFold:
     trained_shape: tuple[int, ...]
     determinant: float
     dtype: Any
+    decays: bool = False
 
     @property
     def leaves(self) -> tuple[int, ...]:
@@ -218,22 +240,39 @@ class MatrixFold:
         bases = tuple(jnp.asarray(basis, self.dtype) for basis in self.gauge.bases)
         return {"offsets": jnp.asarray(self.offsets, self.dtype), "bases": bases}
 
-    def running(self, trained: Array, fixed: Fixed) -> dict[int, Array]:
+    def running(self, trained: Array, rho: Array, fixed: Fixed) -> dict[int, Array]:
         """The product; the factors are not read, and zero stands for them."""
-        product = flows.matrix_product(trained, fixed["offsets"], self.rank)
+        product, offsets = self._product(trained, lax.stop_gradient(rho), fixed)
+        if self.decays:  # what rho^(N-1) divides out of the product, its gradient loses twice
+            still = lax.stop_gradient(trained)
+            slower = lax.stop_gradient(rho) ** (1 - len(self.leaves))
+            product = lax.stop_gradient(product) + slower * (trained - still)
+        product = flows.matrix_product(product, offsets, self.rank)
         return {**dict.fromkeys(self.leaves, jnp.zeros((), self.dtype)), self.survivor: product}
 
-    def expand(self, trained: Array, fixed: Fixed) -> dict[int, Array]:
+    def _product(self, trained: Array, rho: Array, fixed: Fixed) -> tuple[Array, Array]:
+        """The product of the factors and the offsets, as far as they have decayed."""
+        return trained * rho ** (len(self.leaves) - 1), fixed["offsets"] * rho**2
+
+    def expand(self, trained: Array, rho: Array, fixed: Fixed) -> dict[int, Array]:
         """Factors with this product and the same laws, see ``flows.matrix_factors``."""
-        made = flows.matrix_factors(
-            trained, fixed["offsets"], self.rank, flows.Gauge(fixed["bases"])
-        )
+        product, offsets = self._product(trained, rho, fixed)
+        made = flows.matrix_factors(product, offsets, self.rank, flows.Gauge(fixed["bases"]))
         stored = [a.T if t else a for a, t in zip(made, self.chain.turned, strict=True)]
         return dict(zip(self.leaves, stored, strict=True))
 
-    def reduce(self, full: Sequence[Array], fixed: Fixed) -> Array:
-        """The product of the factors."""
-        return functools.reduce(_dot, self.upright(full))
+    def reduce(self, full: Sequence[Array], fixed: Fixed) -> tuple[Array, Array]:
+        """The product of the factors over ``rho^(N-1)``, and rho from the gaps.
+
+        A balanced chain has no gaps; it may decay to any rho, and 1 is chosen.
+        """
+        given = self.upright(full)
+        norms = jnp.stack([jnp.sum(factor**2) for factor in given])
+        steps = jnp.diff(norms) / jnp.asarray([len(f) for f in given[1:]], norms.dtype)
+        offsets = jnp.concatenate([jnp.zeros(1, norms.dtype), jnp.cumsum(steps)])
+        rho = _fitted(offsets - offsets[int(np.argmin(self.offsets))], fixed["offsets"])
+        rho = rho if self.decays else jnp.ones_like(rho)
+        return functools.reduce(_dot, given) / rho ** (len(given) - 1), rho
 
     def upright(self, full: Sequence[Array]) -> list[Array]:
         """The factors with their input axes first."""
@@ -244,12 +283,12 @@ class MatrixFold:
 
     def lost(self, full: Sequence[Array], back: Sequence[Array]) -> float:
         """How far the laws are from the initial ones; hidden bases carry no function."""
-        given = [np.asarray(factor) for factor in self.upright(full)]
-        offsets, violation = flows.gaps(given)
-        size = max(float(np.linalg.norm(factor) ** 2) for factor in given)
-        return max(violation, float(np.max(np.abs(offsets - self.offsets))) / size)
+        given, made = ([np.asarray(x) for x in self.upright(tree)] for tree in (full, back))
+        (offsets, violation), (kept, _) = flows.gaps(given), flows.gaps(made)
+        size = max(float(np.linalg.norm(factor, 2) ** 2) for factor in given)
+        return max(violation, float(np.max(np.abs(offsets - kept))) / size)
 
-    def broken(self, trained: np.ndarray, names: Sequence[str]) -> str:
+    def broken(self, trained: np.ndarray, rho: float, names: Sequence[str]) -> str:
         """A singular value that has come to zero, or a determinant that has changed its sign."""
         name = names[self.survivor]
         if not np.isfinite(trained).all():
@@ -272,11 +311,13 @@ class MatrixFold:
                 f"the product in {name} has left the matrices of rank {self.rank}: its next "
                 f"singular value is {sizes[self.rank] / sizes[self.rank - 1]:.1g} of the last"
             )
-        return ""
+        return _vanished(rho, names[self.leaves[0]])
 
-    def drift(self, trained: Array, gradient: Array, fixed: Fixed) -> Array:
+    def drift(self, trained: Array, gradient: Array, rho: Array, fixed: Fixed) -> Array:
         """The sum of the squared norms of the gradients of all factors."""
-        return flows.gradient_norms(trained, gradient, fixed["offsets"], self.rank)
+        product, offsets = self._product(trained, rho, fixed)
+        moved = gradient * rho ** (len(self.leaves) - 1)
+        return flows.gradient_norms(product, moved, offsets, self.rank)
 
     symbol = "W_eff"
 
@@ -317,6 +358,23 @@ def _enumerated(leaves: Sequence[int], names: Sequence[str]) -> str:
 
 
 MOST_NAMES = 5
+
+
+def _fitted(differences: Array, constants: Array) -> Array:
+    """The rho by whose square constants have shrunk to differences; 1 if all are zero."""
+    size = jnp.sum(constants**2)
+    square = jnp.sum(differences * constants) / jnp.where(size > 0, size, 1)
+    return jnp.where(size > 0, jnp.sqrt(jnp.maximum(square, 0)), 1).astype(constants.dtype)
+
+
+def _vanished(rho: float, name: str) -> str:
+    """Whether decay has left so little of the constants that rounding takes over."""
+    if rho > LEAST_RHO:
+        return ""
+    return f"weight decay has shrunk rho in {name} to {rho:.1g}, which leaves nothing of the laws"
+
+
+LEAST_RHO = 1e-4
 
 
 def resolution(dtype: Any) -> float:

@@ -1,7 +1,7 @@
 """Which flow folds a network allows: structure, initial values and the optimizer's experiment."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -10,10 +10,12 @@ import numpy as np
 
 from fcjax import flows, fold
 from fcjax.flow_folds import ElementwiseFold, FlowFold, MatrixFold, resolution
-from fcjax.linearity import follows_flow
+from fcjax.linearity import Flow, follows_flow
 from fcjax.products import MatrixChain, matrix_chains
 from fcjax.reduction import Tree
 from fcjax.written import Written
+
+Fold = ElementwiseFold | MatrixFold
 
 __all__ = ["BALANCED", "Proposals", "balanced", "flow_folds", "unasked"]
 
@@ -64,7 +66,7 @@ def flow_folds(network: Written, tree: Tree, optimizer: Any, taken: Set[int]) ->
       optimizer: the optax transformation that will train.
       taken: leaves that are folded in another way.
     """
-    proposed: list[FlowFold] = []
+    proposed: list[Fold] = []
     reasons: dict[int, str] = {}
     for chain, leaves in _chains(network, len(tree.paths)):
         if taken.isdisjoint(leaves):
@@ -73,39 +75,35 @@ def flow_folds(network: Written, tree: Tree, optimizer: Any, taken: Set[int]) ->
                 reasons |= dict.fromkeys(leaves, made)
             else:
                 proposed.append(made)
-    faults = _faults(proposed, tree, optimizer)
-    for made, fault in zip(proposed, faults, strict=True):
-        if fault is not None:
-            reason = f"could be folded under gradient flow, but with this optimizer {fault}"
+    verdicts = _verdicts(proposed, tree, optimizer)
+    for made, verdict in zip(proposed, verdicts, strict=True):
+        if verdict.fault is not None:
+            reason = f"could be folded under gradient flow, but with this optimizer {verdict.fault}"
             reasons |= dict.fromkeys(made.leaves, reason)
-    folds = tuple(f for f, fault in zip(proposed, faults, strict=True) if fault is None)
-    reasons |= _reasons(folds, tree.paths)
+    folds = tuple(
+        dataclasses.replace(made, decays=verdict.decays)
+        for made, verdict in zip(proposed, verdicts, strict=True)
+        if verdict.fault is None
+    )
+    reasons |= {leaf: made.law(tree.paths) for made in folds for leaf in made.leaves}
     return Proposals(folds, reasons)
 
 
-def _reasons(folds: Iterable[FlowFold], names: Sequence[str]) -> dict[int, str]:
-    return {leaf: made.law(names) for made in folds for leaf in made.leaves}
-
-
-def _faults(proposed: Sequence[FlowFold], tree: Tree, optimizer: Any) -> list[str | None]:
+def _verdicts(proposed: Sequence[Fold], tree: Tree, optimizer: Any) -> list[Flow]:
     if not proposed:
         return []
     numbers = [i for i, trained in enumerate(tree.trained) if trained]
-    at = {leaf: place for place, leaf in enumerate(numbers)}
     kept = [x if t else None for x, t in zip(tree.leaves, tree.trained, strict=True)]
     structure = jax.tree.structure(jax.tree.unflatten(tree.structure, kept))
     shapes = [tuple(np.shape(tree.leaves[i])) for i in numbers]
-    folded = frozenset(at[i] for f in proposed for i in f.leaves if i != f.survivor)
-    groups = [[at[i] for i in f.leaves] for f in proposed]
-    return follows_flow(optimizer, structure, shapes, groups, folded)
+    groups = [[numbers.index(i) for i in made.leaves] for made in proposed]
+    return follows_flow(optimizer, structure, shapes, groups)
 
 
 # --- validity of the initial values -------------------------------------------------------------
 
 
-def _proposal(
-    chain: fold.Chain | MatrixChain, leaves: tuple[int, ...], tree: Tree
-) -> FlowFold | str:
+def _proposal(chain: fold.Chain | MatrixChain, leaves: tuple[int, ...], tree: Tree) -> Fold | str:
     """The fold of a chain, or why its initial values do not allow it."""
     arrays = [np.asarray(tree.leaves[leaf]) for leaf in leaves]
     names = [tree.paths[leaf] for leaf in leaves]
@@ -122,7 +120,7 @@ def _proposal(
 
 def _elementwise(
     leaves: tuple[int, ...], arrays: Sequence[np.ndarray], names: Sequence[str]
-) -> FlowFold | str:
+) -> Fold | str:
     u, constants, signs = flows.survivor(arrays)
     zeros = int(np.sum((u == 0) & (constants[-1] != 0)))
     if zeros:
@@ -134,9 +132,7 @@ def _elementwise(
     return ElementwiseFold(leaves, constants, signs)
 
 
-def _matrix(
-    chain: MatrixChain, arrays: Sequence[np.ndarray], names: Sequence[str]
-) -> FlowFold | str:
+def _matrix(chain: MatrixChain, arrays: Sequence[np.ndarray], names: Sequence[str]) -> Fold | str:
     upright = [a.T if t else a for a, t in zip(arrays, chain.turned, strict=True)]
     widths = (upright[0].shape[0], *(a.shape[1] for a in upright))
     shape, rank, dtype = (widths[0], widths[-1]), min(widths), arrays[0].dtype

@@ -1,13 +1,15 @@
 """Decides by experiment whether an optimizer follows gradient flow as SGD does.
 
-The laws of ``flows.py`` hold along gradient flow. Training keeps them up to the learning rate if
-every update is one and the same linear function of the gradients so far, for all entries of all
-leaves that a law ties together: SGD, with momentum, with Nesterov's, with a schedule. As in
-``equivariance.py`` nothing is inferred from what an optimizer is called.
+The laws of ``flows.py`` hold along gradient flow, and shrink under weight decay. Training keeps
+them up to the learning rate if every update is one and the same linear function of the gradients
+so far and of the leaf's own values, for all entries of all leaves that a law ties together: SGD,
+with momentum, with Nesterov's, with decay, with a schedule. As in ``equivariance.py`` nothing is
+inferred from what an optimizer is called.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +20,7 @@ import optax
 
 from fcjax.equivariance import operations
 
-__all__ = ["follows_flow"]
+__all__ = ["Flow", "follows_flow"]
 
 _TOLERANCE = 1e-6  # optax.MultiSteps accumulates in float32
 _STEPS = 32
@@ -26,55 +28,70 @@ _SCALES = tuple(10.0**exponent for exponent in range(-4, 5))
 _SIZES = (3, 4, 5)
 
 
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """Whether an optimizer follows gradient flow on a group of leaves.
+
+    Attributes:
+      fault: why it does not, as a part of a sentence; None if it does.
+      decays: whether it shrinks the leaves, all by the same factor.
+    """
+
+    fault: str | None
+    decays: bool = False
+
+
 def follows_flow(
     optimizer: optax.GradientTransformation,
     structure: jax.tree_util.PyTreeDef,
     shapes: Sequence[tuple[int, ...]],
     groups: Sequence[Sequence[int]],
-    folded: frozenset[int],
-) -> list[str | None]:
-    """Why an optimizer does not follow gradient flow on groups of leaves.
+) -> list[Flow]:
+    """Whether an optimizer follows gradient flow on groups of leaves.
+
+    The reduced tree has the last leaf of every group, None for the others, and if the optimizer
+    decays weights a scalar in the place of the first one, which must shrink as the group does.
 
     Args:
       optimizer: the optax optimizer.
       structure: the structure of the full tree, with None for what is not trained.
       shapes: the shapes of its leaves.
       groups: the numbers of the leaves that are to move alike.
-      folded: the leaves that the reduced tree has not.
 
     Returns:
-      For each group None if it does, else the reason, as a part of a sentence.
+      The verdict on each group.
 
     Example:
       >>> structure = jax.tree.structure({"a": 0, "b": 0})
       >>> shapes, groups = [(8, 8), (8, 8)], [[0, 1]]
-      >>> follows_flow(optax.sgd(0.1, momentum=0.9), structure, shapes, groups, frozenset({0}))
-      [None]
-      >>> follows_flow(optax.adam(1e-3), structure, shapes, groups, frozenset({0}))
-      ['its updates are not proportional to the size of the gradients']
+      >>> follows_flow(optax.sgd(0.1, momentum=0.9), structure, shapes, groups)
+      [Flow(fault=None, decays=False)]
+      >>> follows_flow(optax.adam(1e-3), structure, shapes, groups)[0].fault
+      'its updates are not proportional to the size of the gradients'
     """
     try:
         with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-            seen = _Seen(optimizer, structure, shapes, folded)
-            return [seen.fault(group) for group in groups]
+            seen = _Seen(optimizer, structure, shapes, groups)
+            return [Flow(seen.fault(group), seen.decays) for group in groups]
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         reason = f"it could not be run on this tree: {type(error).__name__}: {first_line}"
-        return [reason] * len(groups)
+        return [Flow(reason)] * len(groups)
 
 
 class _Seen:
     """The updates that an optimizer makes of a few streams of gradients, leaf by leaf.
 
     Attributes:
-      idle: those of zero gradients.
+      weights: the initial weights.
       pattern: a fixed array for each leaf.
-      steady: those of the pattern times a number for each step.
-      scaled: the same, of gradients of several sizes, each divided by its size.
+      idle: the updates for zero gradients.
+      steady: those for the pattern times a number for each step, less the idle ones.
+      scaled: the same for gradients of several sizes, each divided by its size.
       elsewhere: the same from other weights.
-      other: those of gradients that change their directions.
-      both: those of the sum of the last two streams.
-      reduced: those of the steady stream on the reduced tree.
+      other: those for gradients that change their directions.
+      both: those for the sum of the last two streams.
+      reduced: those of the reduced tree for the steady stream, idle ones included.
     """
 
     def __init__(
@@ -82,39 +99,55 @@ class _Seen:
         optimizer: optax.GradientTransformation,
         structure: jax.tree_util.PyTreeDef,
         shapes: Sequence[tuple[int, ...]],
-        folded: frozenset[int],
+        groups: Sequence[Sequence[int]],
     ) -> None:
         small = [_small(shape) for shape in shapes]
-        kept = [i for i in range(len(shapes)) if i not in folded]
         self.depends_on_sizes = _depends_on_sizes(optimizer, structure, shapes, small)
-        full = _Run(optimizer, structure, list(range(len(shapes))), small)
-        reduced = _Run(optimizer, structure, kept, small)
+        run = _Run(optimizer, structure)
+        self.weights = _patterns(small, 1)
+        self.pattern = _patterns(small, 2)
         numbers = 1.0 + _random((_STEPS,), 0)
-        self.pattern = [_random(shape, 1, i) for i, shape in enumerate(small)]
         steady = [np.multiply.outer(numbers, pattern) for pattern in self.pattern]
-        other = [_random((_STEPS, *shape), 2, i) for i, shape in enumerate(small)]
-        self.idle = full(3, [np.zeros_like(g) for g in steady])
-        self.steady = full(3, steady)
-        self.scaled = [_divided(full(3, [s * g for g in steady]), s) for s in _SCALES]
-        self.elsewhere = full(4, steady)
-        self.other = full(3, other)
-        self.both = full(3, [a + b for a, b in zip(steady, other, strict=True)])
-        self.reduced = reduced(3, steady)
+        other = _patterns([(_STEPS, *shape) for shape in small], 3)
+        self.idle = run(self.weights, [0.0 * g for g in steady])
+        self.decays = any(np.any(self.idle[i]) for group in groups for i in group)
+
+        def moved(gradients: Sequence[Any], scale: float = 1.0) -> list[Any]:
+            scaled = run(self.weights, [scale * g for g in gradients])
+            return [(u - v) / scale for u, v in zip(scaled, self.idle, strict=True)]
+
+        self.steady, self.other = moved(steady), moved(other)
+        self.scaled = [moved(steady, scale) for scale in _SCALES]
+        self.both = moved([a + b for a, b in zip(steady, other, strict=True)])
+        away = _patterns(small, 4)
+        pairs = zip(run(away, steady), run(away, [0.0 * g for g in steady]), strict=True)
+        self.elsewhere = [u - v for u, v in pairs]
+        self.reduced = self._reduced(run, groups, steady)
+
+    def _reduced(
+        self, run: _Run, groups: Sequence[Sequence[int]], steady: Sequence[Any]
+    ) -> list[Any]:
+        """The updates of the reduced tree; None for what it has not."""
+        weights, gradients = list[Any](self.weights), list[Any](steady)
+        for first, *rest in groups:
+            for i in (first, *rest[:-1]):
+                weights[i] = gradients[i] = None
+            if self.decays:
+                weights[first], gradients[first] = np.ones(()), np.zeros(_STEPS)
+        return run(weights, gradients)
 
     def fault(self, group: Sequence[int]) -> str | None:
         """What is wrong with a group of leaves."""
         size = max(np.max(np.abs(self.steady[i])) for i in group)
         if not np.isfinite(size) or size == 0:
             return "it does not move them, or not by finite steps"
-        if any(np.max(np.abs(self.idle[i])) > _TOLERANCE * size for i in group):
-            return (
-                "it moves weights whose gradient is zero, as weight decay does, which shrinks the "
-                "constants of the laws"
-            )
         wrong = {
             "its updates are not proportional to the size of the gradients": self._by_size(group),
-            "its updates depend on the weights": _gap(self.elsewhere, self.steady, group),
             "its updates are not linear in the gradients": self._by_sum(group),
+            "its updates are not linear in the weights": _gap(self.elsewhere, self.steady, group),
+            "it moves weights whose gradient is zero, and not all by the same factor": (
+                self._by_decay(group)
+            ),
             "it treats entries or leaves of one chain differently": self._by_entry(group),
             "it moves the survivor differently without the folded leaves": self._by_tree(group),
             "it treats leaves differently at their real sizes": float(self.depends_on_sizes),
@@ -130,38 +163,50 @@ class _Seen:
 
     def _by_entry(self, group: Sequence[int]) -> float:
         """How far the updates are from the pattern times one number a step for all leaves."""
-        first = self.pattern[group[0]]
-        numbers = self.steady[group[0]].reshape(_STEPS, -1) @ first.ravel() / np.sum(first**2)
-        alike = [np.multiply.outer(numbers, pattern) for pattern in self.pattern]
-        return _gap(self.steady, alike, group)
+        return _gap(self.steady, _multiples(self.steady, self.pattern, group), group)
+
+    def _by_decay(self, group: Sequence[int]) -> float:
+        """How far the idle updates are from one factor a step for all leaves."""
+        if not self.decays:
+            return 0.0
+        return _gap(self.idle, _multiples(self.idle, self.weights, group), group)
 
     def _by_tree(self, group: Sequence[int]) -> float:
-        left = [i for i in group if self.reduced[i] is not None]
-        return _gap(self.reduced, self.steady, left)
+        """How far the updates of the reduced tree are from those of the full one."""
+        first, last = group[0], group[-1]
+        full = self.steady[last] + self.idle[last]
+        gap = _gap([self.reduced[last]], [full], [0])
+        if not self.decays:
+            return gap
+        factors = _multiples(self.idle, self.weights, group, of=np.ones(()))
+        return max(gap, _gap([self.reduced[first]], [factors], [0]))
+
+
+def _multiples(
+    updates: Sequence[Any], arrays: Sequence[Any], group: Sequence[int], of: Any = None
+) -> Any:
+    """What the updates are if they are arrays times one number a step, that of the first leaf."""
+    first = arrays[group[0]]
+    numbers = updates[group[0]].reshape(_STEPS, -1) @ first.ravel() / np.sum(first**2)
+    if of is not None:
+        return np.multiply.outer(numbers, of)
+    return [np.multiply.outer(numbers, array) for array in arrays]
 
 
 def _gap(found: Sequence[Any], wanted: Sequence[Any], group: Sequence[int]) -> float:
     """The largest difference of updates, relative to the largest update."""
     size = max(np.max(np.abs(wanted[i])) for i in group)
     gap = max(np.max(np.abs(found[i] - wanted[i])) for i in group)
-    return float(gap / max(size, np.finfo(float).tiny))
-
-
-def _divided(updates: Sequence[Any], scale: float) -> list[Any]:
-    return [u / scale for u in updates]
+    return float(gap / size) if size else float(np.where(gap, np.inf, 0.0))
 
 
 class _Run:
-    """Trains the leaves of a tree that are kept on given gradients."""
+    """Trains some leaves of a tree on given gradients."""
 
     def __init__(
-        self,
-        optimizer: optax.GradientTransformation,
-        structure: jax.tree_util.PyTreeDef,
-        kept: Sequence[int],
-        shapes: Sequence[tuple[int, ...]],
+        self, optimizer: optax.GradientTransformation, structure: jax.tree_util.PyTreeDef
     ) -> None:
-        self.kept, self.shapes, self.structure = kept, shapes, structure
+        self.structure = structure
 
         def step(carry: Any, gradient: Any) -> Any:
             weights, state = carry
@@ -177,18 +222,15 @@ class _Run:
 
         self.train = jax.jit(train)
 
-    def __call__(self, seed: int, gradients: Sequence[Any]) -> list[Any]:
-        """The updates, shape ``(steps, *shape)`` for each leaf, None for those not kept."""
-        weights = self._tree([_random(shape, seed, i) for i, shape in enumerate(self.shapes)])
-        updates = jax.tree.leaves(self.train(weights, self._tree(gradients)))
-        found: list[Any] = [None] * len(self.shapes)
-        for i, update in zip(self.kept, updates, strict=True):
-            found[i] = np.asarray(update, np.float64)
-        return found
+    def __call__(self, weights: Sequence[Any], gradients: Sequence[Any]) -> list[Any]:
+        """The updates, shape ``(steps, *shape)`` for each leaf, None for those that are None."""
+        trees = [jax.tree.unflatten(self.structure, list(x)) for x in (weights, gradients)]
+        updates = iter(jax.tree.leaves(self.train(*trees)))
+        return [None if w is None else np.asarray(next(updates), np.float64) for w in weights]
 
-    def _tree(self, leaves: Sequence[Any]) -> Any:
-        kept = [jnp.asarray(x) if i in self.kept else None for i, x in enumerate(leaves)]
-        return jax.tree.unflatten(self.structure, kept)
+
+def _patterns(shapes: Sequence[tuple[int, ...]], seed: int) -> list[np.ndarray]:
+    return [_random(shape, seed, i) for i, shape in enumerate(shapes)]
 
 
 def _small(shape: Sequence[int]) -> tuple[int, ...]:

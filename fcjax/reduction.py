@@ -85,6 +85,11 @@ class Reduction:
     @functools.cached_property
     def folded(self) -> frozenset[int]:
         """The leaves that are folded away."""
+        return self.followed - {fold.leaves[0] for fold in self.flows if fold.decays}
+
+    @functools.cached_property
+    def followed(self) -> frozenset[int]:
+        """The leaves that no gradient flows to."""
         return frozenset(self.followers) | {
             leaf for leaf, fold in self.flow_of.items() if leaf != fold.survivor
         }
@@ -104,7 +109,7 @@ class Reduction:
         if leaf in self.folded or not self.tree.trained[leaf]:
             return None
         if leaf in self.flow_of:
-            return self.flow_of[leaf].trained_shape
+            return () if leaf in self.followed else self.flow_of[leaf].trained_shape
         if self.compression is not None and leaf in self.compression.shapes:
             return self.compression.reduced_shape(leaf)
         return tuple(np.shape(self.tree.leaves[leaf]))
@@ -138,7 +143,8 @@ class Reduction:
             signs = contributions["signs"][self.tree.paths[leaf]]
             made[leaf] = jax.lax.stop_gradient(signs * leaves[survivor])
         for fold, fixed in self._flows(contributions):
-            for leaf, array in fold.running(leaves[fold.survivor], fixed).items():
+            found = fold.running(leaves[fold.survivor], _rho(fold, leaves), fixed)
+            for leaf, array in found.items():
                 made[leaf] = array
         return made
 
@@ -147,13 +153,23 @@ class Reduction:
         for fold in self.flows:
             yield fold, contributions["flows"][self.tree.paths[fold.survivor]]
 
+    def broken(self, leaves: Sequence[Array]) -> tuple[str, ...]:
+        """Why flow folds are no longer valid at some trained leaves."""
+        found = [
+            fold.broken(
+                np.asarray(leaves[fold.survivor]), float(_rho(fold, leaves)), self.tree.paths
+            )
+            for fold in self.flows
+        ]
+        return tuple(reason for reason in found if reason)
+
     def law_gradients(
         self, leaves: Sequence[Array], gradients: Sequence[Array], contributions: Contributions
     ) -> dict[str, Array]:
         """By how much a step changes the laws of each flow fold, over its squared rate."""
         return {
             self.tree.paths[fold.survivor]: fold.drift(
-                leaves[fold.survivor], gradients[fold.survivor], fixed
+                leaves[fold.survivor], gradients[fold.survivor], _rho(fold, leaves), fixed
             )
             for fold, fixed in self._flows(contributions)
         }
@@ -229,7 +245,8 @@ class Reduction:
         """All original leaves."""
         full = self.running(leaves, contributions)
         for fold, fixed in self._flows(contributions):
-            for leaf, array in fold.expand(leaves[fold.survivor], fixed).items():
+            found = fold.expand(leaves[fold.survivor], _rho(fold, leaves), fixed)
+            for leaf, array in found.items():
                 full[leaf] = array
         for leaf in self.compression.shapes if self.compression is not None else ():
             full[leaf] = self._changed(leaf, leaves[leaf], contributions, back=True)
@@ -239,7 +256,9 @@ class Reduction:
         """The trained leaves, None for the others."""
         kept = [x if t else None for x, t in zip(leaves, self.tree.trained, strict=True)]
         for fold, fixed in self._flows(contributions):
-            kept[fold.survivor] = fold.reduce(leaves, fixed)
+            kept[fold.survivor], rho = fold.reduce(leaves, fixed)
+            if fold.decays:
+                kept[fold.leaves[0]] = rho
         for leaf in self.folded:
             kept[leaf] = None
         for leaf in self.compression.shapes if self.compression is not None else ():
@@ -254,6 +273,11 @@ class Reduction:
         rest = contributions["rests"].get(self.tree.paths[leaf])
         way = self.compression.expand if back else self.compression.reduce
         return way(leaf, array, bases, rest)
+
+
+def _rho(fold: FlowFold, leaves: Sequence[Array]) -> Array:
+    """By how much weight decay has shrunk the factors of a fold."""
+    return leaves[fold.leaves[0]] if fold.decays else np.ones((), leaves[fold.survivor].dtype)
 
 
 def nothing(tree: Tree, reasons: Mapping[int, str] | None = None) -> Reduction:

@@ -321,11 +321,7 @@ class FrontContribution:
           ('the determinant of the product in 1 has changed its sign: ...',)
         """
         leaves = self._leaves(params, self.contributions["frozen"])
-        broken = [
-            fold.broken(np.asarray(leaves[fold.survivor]), self.paths)
-            for fold in self._reduction.flows
-        ]
-        return tuple(found for found in broken if found)
+        return self._reduction.broken(leaves)
 
     def law_gradients(self, params: PyTree, gradient: PyTree) -> dict[str, Any]:
         """By how much one step of SGD changes what each flow fold takes as conserved.
@@ -403,9 +399,9 @@ class FrontContribution:
         return trace.flatten(jaxpr), jax.tree.structure(shapes)
 
     def _written(self, body: Body, call: "_Call") -> Written:
-        folded = self._reduction.folded
+        followed = self._reduction.followed
         of_params = [
-            PARAM if trained and leaf not in folded else FROZEN
+            PARAM if trained and leaf not in followed else FROZEN
             for leaf, trained in enumerate(self._tree.trained)
         ]
         return written(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))])
