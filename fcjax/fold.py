@@ -26,7 +26,7 @@ from fcjax.primitives import VIEWS
 from fcjax.trace import Atom, Body, Equation, Value
 from fcjax.written import Written
 
-__all__ = ["Chain", "chains", "in_order", "mismatch", "signs"]
+__all__ = ["Chain", "chains", "in_order", "is_relu", "mismatch", "signs"]
 
 Array = np.ndarray[Any, Any]
 
@@ -229,9 +229,9 @@ class _Reading:
         if equation.name == "mul":
             return functools.reduce(ex.multiply, self._wide(operands))
         scales = any(v in self.scales for v in equation.values)
-        is_relu = scales and _is_relu(equation)  # which takes a while
+        is_activation = scales and is_relu(equation)  # which takes a while
         is_number = equation.name == "convert_element_type" and not equation.values
-        if equation.name in HOMOGENEOUS | COMPARISONS or is_relu or is_number:
+        if equation.name in HOMOGENEOUS | COMPARISONS or is_activation or is_number:
             return functools.reduce(ex.add, self._wide(operands))  # as their sum would
         return None
 
@@ -275,7 +275,7 @@ class _Reading:
 # --- activations --------------------------------------------------------------------------------
 
 
-def _is_relu(equation: Equation) -> bool:
+def is_relu(equation: Equation) -> bool:
     """Whether an equation is relu in jax's own form, with the derivative that it has there.
 
     A custom derivative may be any other, such as a straight-through estimator's.
