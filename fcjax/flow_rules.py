@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcjax import flows, fold
-from fcjax.flow_folds import ElementwiseFold, FlowFold, MatrixFold, resolution
+from fcjax.flow_folds import ElementwiseFold, FlowFold
+from fcjax.flow_gains import GainFold, gain_folds
+from fcjax.flow_matrices import MatrixFold, resolution
 from fcjax.linearity import Flow, follows_flow
 from fcjax.products import MatrixChain, matrix_chains
 from fcjax.reduction import Tree
 from fcjax.written import Written
 
-Fold = ElementwiseFold | MatrixFold
+Fold = ElementwiseFold | MatrixFold | GainFold
 
 __all__ = ["BALANCED", "Proposals", "balanced", "flow_folds", "unasked"]
 
@@ -75,6 +77,12 @@ def flow_folds(network: Written, tree: Tree, optimizer: Any, taken: Set[int]) ->
                 reasons |= dict.fromkeys(leaves, made)
             else:
                 proposed.append(made)
+    chained = taken | {leaf for made in proposed for leaf in made.leaves}
+    for leaf, found in gain_folds(network, tree.leaves, tree.paths, chained):
+        if isinstance(found, str):
+            reasons.setdefault(leaf, found)
+        else:
+            proposed.append(found)
     verdicts = _verdicts(proposed, tree, optimizer)
     for made, verdict in zip(proposed, verdicts, strict=True):
         if verdict.fault is not None:
@@ -96,8 +104,14 @@ def _verdicts(proposed: Sequence[Fold], tree: Tree, optimizer: Any) -> list[Flow
     kept = [x if t else None for x, t in zip(tree.leaves, tree.trained, strict=True)]
     structure = jax.tree.structure(jax.tree.unflatten(tree.structure, kept))
     shapes = [tuple(np.shape(tree.leaves[i])) for i in numbers]
-    groups = [[numbers.index(i) for i in made.leaves] for made in proposed]
+    groups = [_group(made, numbers) for made in proposed]
     return follows_flow(optimizer, structure, shapes, groups)
+
+
+def _group(made: Fold, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The leaves that must move alike, folded and kept, among those that are trained."""
+    kept = [leaf for leaf in (*made.leaves, *made.sources) if leaf not in made.folded]
+    return [numbers.index(i) for i in made.folded], [numbers.index(i) for i in kept]
 
 
 # --- validity of the initial values -------------------------------------------------------------

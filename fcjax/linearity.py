@@ -28,6 +28,9 @@ _SCALES = tuple(10.0**exponent for exponent in range(-4, 5))
 _SIZES = (3, 4, 5)
 
 
+Group = tuple[Sequence[int], Sequence[int]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Flow:
     """Whether an optimizer follows gradient flow on a group of leaves.
@@ -45,25 +48,26 @@ def follows_flow(
     optimizer: optax.GradientTransformation,
     structure: jax.tree_util.PyTreeDef,
     shapes: Sequence[tuple[int, ...]],
-    groups: Sequence[Sequence[int]],
+    groups: Sequence[Group],
 ) -> list[Flow]:
     """Whether an optimizer follows gradient flow on groups of leaves.
 
-    The reduced tree has the last leaf of every group, None for the others, and if the optimizer
-    decays weights a scalar in the place of the first one, which must shrink as the group does.
+    The reduced tree has None for the folded leaves of all groups, and if the optimizer decays
+    weights a scalar in the place of the first of each group, which must shrink as the group does.
 
     Args:
       optimizer: the optax optimizer.
       structure: the structure of the full tree, with None for what is not trained.
       shapes: the shapes of its leaves.
-      groups: the numbers of the leaves that are to move alike.
+      groups: the numbers of the leaves that are to move alike, those that are folded away and
+        those that are kept.
 
     Returns:
       The verdict on each group.
 
     Example:
       >>> structure = jax.tree.structure({"a": 0, "b": 0})
-      >>> shapes, groups = [(8, 8), (8, 8)], [[0, 1]]
+      >>> shapes, groups = [(8, 8), (8, 8)], [([0], [1])]
       >>> follows_flow(optax.sgd(0.1, momentum=0.9), structure, shapes, groups)
       [Flow(fault=None, decays=False)]
       >>> follows_flow(optax.adam(1e-3), structure, shapes, groups)[0].fault
@@ -99,7 +103,7 @@ class _Seen:
         optimizer: optax.GradientTransformation,
         structure: jax.tree_util.PyTreeDef,
         shapes: Sequence[tuple[int, ...]],
-        groups: Sequence[Sequence[int]],
+        groups: Sequence[Group],
     ) -> None:
         small = [_small(shape) for shape in shapes]
         self.depends_on_sizes = _depends_on_sizes(optimizer, structure, shapes, small)
@@ -110,7 +114,7 @@ class _Seen:
         steady = [np.multiply.outer(numbers, pattern) for pattern in self.pattern]
         other = _patterns([(_STEPS, *shape) for shape in small], 3)
         self.idle = run(self.weights, [0.0 * g for g in steady])
-        self.decays = any(np.any(self.idle[i]) for group in groups for i in group)
+        self.decays = any(np.any(self.idle[i]) for both in groups for i in (*both[0], *both[1]))
 
         def moved(gradients: Sequence[Any], scale: float = 1.0) -> list[Any]:
             scaled = run(self.weights, [scale * g for g in gradients])
@@ -124,20 +128,19 @@ class _Seen:
         self.elsewhere = [u - v for u, v in pairs]
         self.reduced = self._reduced(run, groups, steady)
 
-    def _reduced(
-        self, run: _Run, groups: Sequence[Sequence[int]], steady: Sequence[Any]
-    ) -> list[Any]:
+    def _reduced(self, run: _Run, groups: Sequence[Group], steady: Sequence[Any]) -> list[Any]:
         """The updates of the reduced tree; None for what it has not."""
         weights, gradients = list[Any](self.weights), list[Any](steady)
-        for first, *rest in groups:
-            for i in (first, *rest[:-1]):
+        for folded, _ in groups:
+            for i in folded:
                 weights[i] = gradients[i] = None
             if self.decays:
-                weights[first], gradients[first] = np.ones(()), np.zeros(_STEPS)
+                weights[folded[0]], gradients[folded[0]] = np.ones(()), np.zeros(_STEPS)
         return run(weights, gradients)
 
-    def fault(self, group: Sequence[int]) -> str | None:
+    def fault(self, both: Group) -> str | None:
         """What is wrong with a group of leaves."""
+        group = (*both[0], *both[1])
         size = max(np.max(np.abs(self.steady[i])) for i in group)
         if not np.isfinite(size) or size == 0:
             return "it does not move them, or not by finite steps"
@@ -149,7 +152,7 @@ class _Seen:
                 self._by_decay(group)
             ),
             "it treats entries or leaves of one chain differently": self._by_entry(group),
-            "it moves the survivor differently without the folded leaves": self._by_tree(group),
+            "it moves the survivor differently without the folded leaves": self._by_tree(both),
             "it treats leaves differently at their real sizes": float(self.depends_on_sizes),
         }
         return next((reason for reason, gap in wrong.items() if not gap <= _TOLERANCE), None)
@@ -171,15 +174,15 @@ class _Seen:
             return 0.0
         return _gap(self.idle, _multiples(self.idle, self.weights, group), group)
 
-    def _by_tree(self, group: Sequence[int]) -> float:
+    def _by_tree(self, both: Group) -> float:
         """How far the updates of the reduced tree are from those of the full one."""
-        first, last = group[0], group[-1]
-        full = self.steady[last] + self.idle[last]
-        gap = _gap([self.reduced[last]], [full], [0])
+        folded, kept = both
+        full = [u + v for u, v in zip(self.steady, self.idle, strict=True)]
+        gap = _gap(self.reduced, full, kept)
         if not self.decays:
             return gap
-        factors = _multiples(self.idle, self.weights, group, of=np.ones(()))
-        return max(gap, _gap([self.reduced[first]], [factors], [0]))
+        factors = _multiples(self.idle, self.weights, kept, of=np.ones(()))
+        return max(gap, _gap([self.reduced[folded[0]]], [factors], [0]))
 
 
 def _multiples(

@@ -5,6 +5,7 @@ What the rules of ``rules.py`` chose, as functions between the two.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -85,14 +86,13 @@ class Reduction:
     @functools.cached_property
     def folded(self) -> frozenset[int]:
         """The leaves that are folded away."""
-        return self.followed - {fold.leaves[0] for fold in self.flows if fold.decays}
+        return self.followed - {fold.folded[0] for fold in self.flows if fold.decays}
 
     @functools.cached_property
     def followed(self) -> frozenset[int]:
         """The leaves that no gradient flows to."""
-        return frozenset(self.followers) | {
-            leaf for leaf, fold in self.flow_of.items() if leaf != fold.survivor
-        }
+        flows = itertools.chain.from_iterable(fold.folded for fold in self.flows)
+        return frozenset(self.followers) | frozenset(flows)
 
     def rule(self, leaf: int) -> tuple[str, str] | None:
         """The rule that changes a leaf's shape, and for which optimizers it is exact."""
@@ -120,7 +120,7 @@ class Reduction:
         names = self.tree.paths
         dtypes = [jnp.result_type(leaf) for leaf in self.tree.leaves]
         signs = {names[k]: jnp.asarray(by, dtypes[k]) for k, (_, by) in self.followers.items()}
-        flows = {names[fold.survivor]: fold.fixed() for fold in self.flows}
+        flows = {names[fold.leaves[-1]]: fold.fixed() for fold in self.flows}
         if self.compression is None:
             return {"signs": signs, "bases": {}, "rests": {}, "places": {}, "flows": flows}
         found = self.compression.spaces.found
@@ -143,7 +143,7 @@ class Reduction:
             signs = contributions["signs"][self.tree.paths[leaf]]
             made[leaf] = jax.lax.stop_gradient(signs * leaves[survivor])
         for fold, fixed in self._flows(contributions):
-            found = fold.running(leaves[fold.survivor], _rho(fold, leaves), fixed)
+            found = fold.running(leaves, _rho(fold, leaves), fixed)
             for leaf, array in found.items():
                 made[leaf] = array
         return made
@@ -151,15 +151,12 @@ class Reduction:
     def _flows(self, contributions: Contributions) -> Iterator[tuple[FlowFold, Any]]:
         """The flow folds with what is fixed for each."""
         for fold in self.flows:
-            yield fold, contributions["flows"][self.tree.paths[fold.survivor]]
+            yield fold, contributions["flows"][self.tree.paths[fold.leaves[-1]]]
 
     def broken(self, leaves: Sequence[Array]) -> tuple[str, ...]:
         """Why flow folds are no longer valid at some trained leaves."""
         found = [
-            fold.broken(
-                np.asarray(leaves[fold.survivor]), float(_rho(fold, leaves)), self.tree.paths
-            )
-            for fold in self.flows
+            fold.broken(leaves, float(_rho(fold, leaves)), self.tree.paths) for fold in self.flows
         ]
         return tuple(reason for reason in found if reason)
 
@@ -168,8 +165,8 @@ class Reduction:
     ) -> dict[str, Array]:
         """By how much a step changes the laws of each flow fold, over its squared rate."""
         return {
-            self.tree.paths[fold.survivor]: fold.drift(
-                leaves[fold.survivor], gradients[fold.survivor], _rho(fold, leaves), fixed
+            self.tree.paths[fold.leaves[-1]]: fold.drift(
+                leaves, gradients, _rho(fold, leaves), fixed
             )
             for fold, fixed in self._flows(contributions)
         }
@@ -245,7 +242,7 @@ class Reduction:
         """All original leaves."""
         full = self.running(leaves, contributions)
         for fold, fixed in self._flows(contributions):
-            found = fold.expand(leaves[fold.survivor], _rho(fold, leaves), fixed)
+            found = fold.expand(leaves, _rho(fold, leaves), fixed)
             for leaf, array in found.items():
                 full[leaf] = array
         for leaf in self.compression.shapes if self.compression is not None else ():
@@ -256,9 +253,9 @@ class Reduction:
         """The trained leaves, None for the others."""
         kept = [x if t else None for x, t in zip(leaves, self.tree.trained, strict=True)]
         for fold, fixed in self._flows(contributions):
-            kept[fold.survivor], rho = fold.reduce(leaves, fixed)
-            if fold.decays:
-                kept[fold.leaves[0]] = rho
+            made, rho = fold.reduce(leaves, fixed)
+            for leaf, array in {**made, **({fold.folded[0]: rho} if fold.decays else {})}.items():
+                kept[leaf] = array
         for leaf in self.folded:
             kept[leaf] = None
         for leaf in self.compression.shapes if self.compression is not None else ():
@@ -277,7 +274,10 @@ class Reduction:
 
 def _rho(fold: FlowFold, leaves: Sequence[Array]) -> Array:
     """By how much weight decay has shrunk the factors of a fold."""
-    return leaves[fold.leaves[0]] if fold.decays else np.ones((), leaves[fold.survivor].dtype)
+    if fold.decays:
+        return leaves[fold.folded[0]]
+    (first, *_) = (*fold.sources, fold.leaves[-1])
+    return np.ones((), leaves[first].dtype)
 
 
 def nothing(tree: Tree, reasons: Mapping[int, str] | None = None) -> Reduction:

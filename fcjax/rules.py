@@ -246,7 +246,7 @@ class _Chooser:
 
         In half precision no change of coordinates is exact enough to be told from rounding.
         """
-        in_flows = {leaf for taken in self.flows for leaf in taken.leaves}
+        in_flows = {leaf for taken in self.flows for leaf in (*taken.leaves, *taken.sources)}
         return {
             i: basis
             for i, basis in bases.items()

@@ -14,7 +14,7 @@ from jax import Array
 from fcjax import check, trace
 from fcjax import report as reporting
 from fcjax.errors import NotFoldableError
-from fcjax.flow_folds import MatrixFold
+from fcjax.flow_matrices import MatrixFold
 from fcjax.flow_rules import unasked
 from fcjax.names import path_name
 from fcjax.plan import Plan, folds_always, plan
