@@ -17,10 +17,6 @@ __all__ = ["MatrixFold", "resolution"]
 
 Array = Any
 
-RESOLVED = 4.0
-"""How far the smallest singular value must stand above the root of eps, relative to the largest:
-below, one eigendecomposition of a Gram matrix does not tell singular directions apart."""
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MatrixFold(Chained):
@@ -170,8 +166,12 @@ class MatrixFold(Chained):
 
 
 def resolution(dtype: Any) -> float:
-    """The least share of the largest singular value that a smaller one may have."""
-    return RESOLVED * float(jnp.finfo(dtype).eps) ** 0.5
+    """The least share of the largest singular value that a smaller one may have: the root of eps.
+
+    Below, one eigendecomposition of a Gram matrix does not tell singular directions apart. At this
+    limit the gradient is wrong by up to 3e-3 of its size in float32, for a chain of 16.
+    """
+    return float(jnp.finfo(dtype).eps) ** 0.5
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -300,8 +300,8 @@ def _squares(sizes: Array, offsets: Array) -> Array:
     from the upper bound ``t = sizes^{2/N}`` descends to the root. For c = 0 that is the root.
     """
     count = offsets.shape[0]
-    tiny = jnp.finfo(sizes.dtype).tiny
-    target = 2 * jnp.log(jnp.maximum(sizes, tiny**0.5))
+    tiny = float(jnp.finfo(sizes.dtype).tiny)
+    target = 2 * jnp.log(jnp.maximum(sizes, tiny**0.25))
     column = offsets.astype(sizes.dtype)[:, None]
 
     def step(_: int, tau: Array) -> Array:

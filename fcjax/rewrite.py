@@ -182,7 +182,7 @@ class _Writer:
             roots=roots,
             boundaries=frozenset(equations[e] for e in network.boundaries),
             nested=nested,
-            forced=frozenset(forced),
+            forced=frozenset(forced | {new[v] for v in network.forced}),
         )
 
     def _reduced(self, value: Value, leaf: int, shift: int) -> Value:

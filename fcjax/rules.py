@@ -229,7 +229,10 @@ class _Chooser:
             parts = sorted({(taken.size(n), taken.spaces.found[n].dimension)
                             for n in taken.on(leaf).values()})  # fmt: skip
             listed = " and ".join(f"{size} of {dimension}" for size, dimension in parts)
-            self.reasons[leaf] = f"backpropagation reaches {listed} directions of its hidden space"
+            refused = f"; {self.reasons[leaf]}" if self.flow and leaf in self.reasons else ""
+            self.reasons[leaf] = (
+                f"backpropagation reaches {listed} directions of its hidden space{refused}"
+            )
 
     def _refuse_infinite(self, spaces: Spaces) -> None:
         for leaf in sorted({place.leaf for space in spaces.found for place in space.places}):

@@ -67,9 +67,7 @@ def network(apply: Any, params: Any, inputs: int, outputs: int, *folded: str, **
 def vectors(count: int, size: int = 6) -> list[np.ndarray]:
     """Vectors of magnitudes between 0.3 and 1.2, of all signs."""
     rng = np.random.default_rng((count, size))
-    return [
-        rng.uniform(0.3, 1.2, size) * rng.choice([-1.0, 1.0], size) for _ in range(count)
-    ]
+    return [rng.uniform(0.3, 1.2, size) * rng.choice([-1.0, 1.0], size) for _ in range(count)]
 
 
 def normalised(x: Any) -> Any:
@@ -167,7 +165,7 @@ def channel_scale() -> Network:
 
     params = {
         "w": normal(6, 5, scale=0.25),
-        "scale": 1.0 + 0.2 * normal(5, seed=3),
+        "scale": 1.5 + 0.2 * normal(5, seed=3),
         "v": normal(5, 2, scale=0.5),
     }
     return network(apply, params, 6, 2, "scale")
