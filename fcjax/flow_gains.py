@@ -24,7 +24,7 @@ from fcjax.flow_folds import Fixed, Leaves, described, enumerated, fitted, vanis
 from fcjax.units import Place, Symmetry
 from fcjax.written import Written
 
-__all__ = ["SIGN", "GainFold", "gain_folds"]
+__all__ = ["SIGN", "GainFold", "balanced_gains", "gain_folds"]
 
 Array = Any
 
@@ -232,7 +232,51 @@ def _fold(
             f"weights of its unit there, but in {int(low.sum())} of {own.size} units it does not, "
             f"by up to {max(-float(constants.min()), 0.0):.2g}"
             + (f", and in {zeros} it is zero" if zeros else "")
-            + "; initialise it larger, or them smaller"
+            + "; pass rebalance=True, or initialise it larger"
         )
     constants = np.maximum(constants, 0)
     return gain.leaf, dataclasses.replace(made, constants=constants.astype(dtype))
+
+
+def balanced_gains(network: Written, leaves: Sequence[Any], taken: Set[int]) -> list[Any]:
+    """The parameters with the units scaled whose gain is too small, by the symmetry itself.
+
+    Unit k is multiplied by ``c_k^q`` in every parameter, with the ``c_k`` that makes the squared
+    gain equal to the weighted squares of the parameters of opposite charge. The function stays the
+    same.
+
+    Args:
+      network: the network as written.
+      leaves: the initial values of the parameters.
+      taken: leaves that are folded in another way.
+    """
+    made = list(leaves)
+    kinds = [network.known[value] for value in network.body.inputs]
+    for symmetry in symmetries.find(network.body, kinds):
+        if not symmetry.is_untied or not taken.isdisjoint(p.leaf for p in symmetry.places):
+            continue
+        for gain in _gains(symmetry, made)[:1]:
+            factors = _factors(gain, symmetry, made)
+            for place in symmetry.places:
+                by = factors ** float(place.charge)
+                made[place.leaf] = place.scaled(jnp.asarray(made[place.leaf]), by)
+    return made
+
+
+def _factors(gain: Place, symmetry: Symmetry, leaves: Sequence[Any]) -> Array:
+    """By what each unit is scaled; 1 where its gain is large enough, zero or hard to balance."""
+    beside = _beside(gain, symmetry)
+    against = [p for p in symmetry.places if p is not gain and p not in beside]
+    own, total = (
+        sum(
+            float(abs(p.charge)) * jnp.sum(p.rows(jnp.asarray(leaves[p.leaf])) ** 2, axis=-1)
+            for p in places
+        )
+        for places in ([gain], against)
+    )
+    charges = {p.charge for p in against}
+    if len(charges) != 1:
+        return jnp.ones(symmetry.units)
+    power = 1.0 / (2.0 * float(gain.charge - charges.pop()))
+    small = (own < total) & (own > 0)
+    return jnp.where(small, (total / jnp.where(small, own, 1)) ** power, 1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fcjax import flows, fold
 from fcjax.flow_folds import ElementwiseFold, FlowFold
-from fcjax.flow_gains import GainFold, gain_folds
+from fcjax.flow_gains import GainFold, balanced_gains, gain_folds
 from fcjax.flow_matrices import MatrixFold, resolution
 from fcjax.linearity import Flow, follows_flow
 from fcjax.products import MatrixChain, matrix_chains
@@ -195,26 +195,30 @@ def _product(chain: Sequence[np.ndarray]) -> np.ndarray:
 # --- balanced initial values --------------------------------------------------------------------
 
 
-def balanced(network: Written, tree: Tree) -> tuple[Tree, dict[int, str]]:
-    """The parameters with every chain replaced by a balanced one with the same product.
+def balanced(network: Written, tree: Tree) -> Tree:
+    """The parameters with chains and gains replaced by balanced ones that compute the same.
 
     Elementwise chains get equal magnitudes, the geometric mean of those they have; matrix chains
-    factors with equal singular values.
-
-    Returns:
-      The parameters, and for each leaf that was replaced a part of a sentence.
+    factors with equal singular values; units whose gain is too small are scaled.
     """
-    leaves, notes = list(tree.leaves), {}
+    leaves, chained = list(tree.leaves), set[int]()
     for chain, numbers in _chains(network, len(tree.paths)):
+        chained.update(numbers)
         arrays = [np.asarray(tree.leaves[leaf]) for leaf in numbers]
         if not all(np.isfinite(array).all() for array in arrays):
             continue
-        made = _balanced(chain, arrays)
-        for leaf, old, new in zip(numbers, arrays, made, strict=True):
-            if np.max(np.abs(new - old), initial=0.0) > BALANCED * np.max(np.abs(old), initial=0.0):
-                leaves[leaf] = jnp.asarray(new, old.dtype)
-                notes[leaf] = "rebalanced before training (the function is the same)"
-    return dataclasses.replace(tree, leaves=tuple(leaves)), notes
+        for leaf, new in zip(numbers, _balanced(chain, arrays), strict=True):
+            leaves[leaf] = new
+    leaves = balanced_gains(network, leaves, chained)
+    pairs = zip(tree.leaves, leaves, strict=True)
+    return dataclasses.replace(tree, leaves=tuple(_kept_or_new(old, new) for old, new in pairs))
+
+
+def _kept_or_new(old: Any, new: Any) -> Any:
+    """The new array, if it differs from the old one by more than the folds allow for."""
+    if np.max(np.abs(new - old), initial=0.0) <= BALANCED * np.max(np.abs(old), initial=0.0):
+        return old
+    return jnp.asarray(new, old.dtype)
 
 
 def _balanced(chain: fold.Chain | MatrixChain, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -89,6 +89,13 @@ class Reduction:
         return self.followed - {fold.folded[0] for fold in self.flows if fold.decays}
 
     @functools.cached_property
+    def held(self) -> frozenset[int]:
+        """The leaves that folds relate to each other."""
+        flows = [(*fold.leaves, *fold.sources) for fold in self.flows]
+        survivors = [survivor for survivor, _ in self.followers.values()]
+        return frozenset(self.followers).union(survivors, *flows)
+
+    @functools.cached_property
     def followed(self) -> frozenset[int]:
         """The leaves that no gradient flows to."""
         flows = itertools.chain.from_iterable(fold.folded for fold in self.flows)

@@ -56,14 +56,31 @@ def choose(
     if any(isinstance(leaf, jax.core.Tracer) for leaf in tree.leaves):
         unknown = "its initial values are not known while tracing, so all of it is trained"
         return nothing(tree, dict.fromkeys(range(len(tree.leaves)), unknown))
-    tree, notes = balanced(network, tree) if rebalance else (tree, {})
+    given = tree
+    if rebalance:
+        tree = _rebalanced(network, tree, optimizer, data)
     chooser = _Chooser(network, tree, optimizer, flow)
     chosen = chooser.chosen(data)
-    reasons = {i: "; ".join(filter(None, (chosen.reasons.get(i), notes.get(i)))) for i in notes}
-    chosen = dataclasses.replace(chosen, reasons={**chosen.reasons, **reasons})
+    changed = [i for i, pair in enumerate(zip(given.leaves, tree.leaves, strict=True))
+               if pair[0] is not pair[1]]  # fmt: skip
+    notes = {i: f"{chosen.reasons[i]}; {REBALANCED}" for i in changed if i in chosen.reasons}
+    notes |= {i: REBALANCED for i in changed if i not in chosen.reasons}
+    chosen = dataclasses.replace(chosen, reasons={**chosen.reasons, **notes})
     chosen.refuse_outside(example)
     chooser.refuse_unread(chosen, example)
     return chosen
+
+
+REBALANCED = "rebalanced before training (the function is the same)"
+
+
+def _rebalanced(network: Written, tree: Tree, optimizer: Any, data: Data) -> Tree:
+    """The parameters with those chains balanced that are then folded."""
+    made = balanced(network, tree)
+    held = _Chooser(network, made, optimizer, flow=True).chosen(data).held
+    pairs = enumerate(zip(tree.leaves, made.leaves, strict=True))
+    leaves = tuple(new if i in held else old for i, (old, new) in pairs)
+    return dataclasses.replace(tree, leaves=leaves)
 
 
 class _Chooser:

@@ -352,6 +352,28 @@ def test_rebalance_gives_equal_magnitudes_and_leaves_zeros():
     assert rows(folded(zero, rebalance=True))["u"].exactness == "flow"
 
 
+def test_rebalance_scales_units_whose_gain_is_too_small():
+    for name, path in (("scalar_output", "a"), ("norm_gain", "gain"), ("channel_scale", "scale")):
+        network = NETWORKS[name]()
+        small = {**network.params, path: 0.2 * network.params[path]}
+        network = Network(network.apply, small, network.x, network.y, (path,))
+        assert away(folded(network)) == ()
+        fc = folded(network, rebalance=True)
+        assert away(fc) == (path,)
+        assert "rebalanced before training" in rows(fc)[path].reason
+        assert "rebalanced before training" in rows(fc)["w"].reason
+        outputs = fc.apply(fc.params, network.x)
+        np.testing.assert_allclose(outputs, network.apply(small, network.x), atol=1e-12)
+
+
+def test_rebalance_leaves_alone_what_is_not_folded():
+    network = unbalanced()
+    fc = folded(network, optax.adam(1e-3), rebalance=True)
+    full = fc.expand(fc.params)
+    for found, wanted in zip(full, network.params, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_rebalance_needs_flow_and_an_optimizer():
     network = unbalanced()
     for options in ({"exactness": "flow"}, {"optimizer": SGD}):

@@ -184,19 +184,20 @@ def test_product_converges_to_gradient_descent(name):
 
 
 def test_a_narrow_chain_must_be_truncated():
+    """What leaves the matrices of its rank grows, and the flow of all matrices runs away."""
     factors, rank = CHAINS["narrow"]
     goal = normal(6, 7, seed=7, scale=0.4)
     start = jnp.asarray(multiplied(factors))
     deviations = {}
-    full = descended(lambda w: fit(goal)(multiplied(w)), [jnp.asarray(w) for w in factors], 200)
+    full = descended(lambda w: fit(goal)(multiplied(w)), [jnp.asarray(w) for w in factors], 800)
     for kept in (rank, 6):
         closed = functools.partial(flows.matrix_product, offsets=jnp.zeros(3), rank=kept)
-        found = descended(lambda Z, closed=closed: fit(goal)(closed(Z)), start, 200)
+        found = descended(lambda Z, closed=closed: fit(goal)(closed(Z)), start, 800)
         deviations[kept] = [
             relative(closed(Z), multiplied(w)) for Z, w in zip(found, full, strict=True)
         ]
-    assert deviations[rank][1] < 0.03
-    assert deviations[6][1] > 0.3
+    assert_halves(deviations[rank])
+    assert min(deviations[6]) > 0.4
 
 
 def test_preconditioner_is_symmetric_and_transforms():
