@@ -1,8 +1,8 @@
 """Flow folds of a network: which leaves others determine along gradient flow, and how.
 
-Each fold is a pair of functions between the leaf that is trained and the leaves of the network,
-built on the closed forms of ``flows.py``. The arrays that are fixed before training are handed in,
-so that they can be saved and sharded as ``fc.contributions``.
+Each fold is a pair of functions between what is trained and the leaves of the network, built on the
+closed forms of ``flows.py`` and ``matrix_flows.py``. The arrays that are fixed before training are
+handed in, so that they can be saved and sharded as ``fc.contributions``.
 
 Weight decay multiplies all factors by one number rho over time, and so the constants of their laws
 by ``rho^2``. Where the optimizer decays weights, rho is trained along, in the place of the first

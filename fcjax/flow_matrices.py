@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fcjax import flows
+from fcjax import matrix_flows
 from fcjax.flow_folds import Chained, Fixed, Leaves, enumerated, fitted, vanished
 from fcjax.products import MatrixChain
 
@@ -37,7 +37,7 @@ class MatrixFold(Chained):
     chain: MatrixChain
     offsets: np.ndarray
     rank: int
-    gauge: flows.Gauge
+    gauge: matrix_flows.Gauge
     trained_shape: tuple[int, ...]
     determinant: float
     dtype: Any
@@ -61,7 +61,7 @@ class MatrixFold(Chained):
             slower = lax.stop_gradient(rho) ** (1 - len(self.leaves))
             moved = slower * (given - lax.stop_gradient(given))
             product = lax.stop_gradient(product) + moved
-        product = flows.matrix_product(product, offsets, self.rank)
+        product = matrix_flows.product(product, offsets, self.rank)
         return {**dict.fromkeys(self.leaves, jnp.zeros((), self.dtype)), self.survivor: product}
 
     def _product(self, trained: Leaves, rho: Array, fixed: Fixed) -> tuple[Array, Array]:
@@ -70,9 +70,9 @@ class MatrixFold(Chained):
         return trained[self.survivor] * shrunk, fixed["offsets"] * rho**2
 
     def expand(self, trained: Leaves, rho: Array, fixed: Fixed) -> dict[int, Array]:
-        """Factors with this product and the same laws, see ``flows.matrix_factors``."""
+        """Factors with this product and the same laws, see ``matrix_flows.factors``."""
         product, offsets = self._product(trained, rho, fixed)
-        made = flows.matrix_factors(product, offsets, self.rank, flows.Gauge(fixed["bases"]))
+        made = matrix_flows.factors(product, offsets, self.rank, matrix_flows.Gauge(fixed["bases"]))
         stored = [a.T if t else a for a, t in zip(made, self.chain.turned, strict=True)]
         return dict(zip(self.leaves, stored, strict=True))
 
@@ -99,7 +99,7 @@ class MatrixFold(Chained):
     def lost(self, full: Leaves, back: Leaves) -> float:
         """How far the laws are from the initial ones; hidden bases carry no function."""
         given, made = ([np.asarray(x) for x in self.upright(tree)] for tree in (full, back))
-        (offsets, violation), (kept, _) = flows.gaps(given), flows.gaps(made)
+        (offsets, violation), (kept, _) = matrix_flows.gaps(given), matrix_flows.gaps(made)
         size = max(float(np.linalg.norm(factor, 2) ** 2) for factor in given)
         return max(violation, float(np.max(np.abs(offsets - kept))) / size)
 
@@ -132,7 +132,7 @@ class MatrixFold(Chained):
         """The sum of the squared norms of the gradients of all factors."""
         product, offsets = self._product(trained, rho, fixed)
         moved = gradient[self.survivor] * rho ** (len(self.leaves) - 1)
-        return flows.gradient_norms(product, moved, offsets, self.rank)
+        return matrix_flows.gradient_norms(product, moved, offsets, self.rank)
 
     symbol = "W_eff"
 

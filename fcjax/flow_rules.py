@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcjax import flows, fold
+from fcjax import flows, fold, matrix_flows
 from fcjax.flow_folds import ElementwiseFold, FlowFold
 from fcjax.flow_gains import GainFold, balanced_gains, gain_folds
 from fcjax.flow_matrices import MatrixFold, resolution
@@ -161,7 +161,7 @@ def _matrix(chain: MatrixChain, arrays: Sequence[np.ndarray], names: Sequence[st
             f"largest, below the {resolution(dtype):.1g} that {dtype.name} resolves; initialise "
             "the chain closer to orthogonal"
         )
-    offsets, violation = flows.gaps(upright)
+    offsets, violation = matrix_flows.gaps(upright)
     largest = max(float(np.linalg.norm(a, 2) ** 2) for a in upright)
     if violation > BALANCED:
         return (
@@ -181,7 +181,7 @@ def _matrix(chain: MatrixChain, arrays: Sequence[np.ndarray], names: Sequence[st
     determinant = 0.0
     if shape[0] == shape[1] == rank and tied:
         determinant = float(np.linalg.slogdet(_product(upright))[0])
-    bases = flows.gauge(upright, rank)
+    bases = matrix_flows.gauge(upright, rank)
     return MatrixFold(chain, offsets, rank, bases, shape, determinant, dtype)
 
 
@@ -225,7 +225,7 @@ def _balanced(chain: fold.Chain | MatrixChain, arrays: Sequence[np.ndarray]) -> 
     if isinstance(chain, MatrixChain):
         upright = [a.T if t else a for a, t in zip(arrays, chain.turned, strict=True)]
         rank = min(upright[0].shape[0], *(a.shape[1] for a in upright))
-        made = flows.rebalanced(upright, rank)
+        made = matrix_flows.rebalanced(upright, rank)
         return [a.T if t else a for a, t in zip(made, chain.turned, strict=True)]
     stacked = np.stack(arrays).astype(np.float64)
     if not stacked.all():  # equal magnitudes of a zero product would never move again

@@ -1,6 +1,6 @@
 """Decides by experiment whether an optimizer follows gradient flow as SGD does.
 
-The laws of ``flows.py`` hold along gradient flow, and shrink under weight decay. Training keeps
+Conservation laws hold along gradient flow, and shrink under weight decay. Training keeps
 them up to the learning rate if every update is one and the same linear function of the gradients
 so far and of the leaf's own values, for all entries of all leaves that a law ties together: SGD,
 with momentum, with Nesterov's, with decay, with a schedule. As in ``equivariance.py`` nothing is

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcjax import flows
+from fcjax import matrix_flows
 
 relu = jax.nn.relu
 
@@ -209,4 +209,4 @@ def same_product(network: Network) -> Network:
     """The network with balanced factors, for a chain."""
     factors = [np.asarray(w) for w in network.params]
     rank = min(min(w.shape) for w in factors)
-    return dataclasses.replace(network, params=flows.rebalanced(factors, rank))
+    return dataclasses.replace(network, params=matrix_flows.rebalanced(factors, rank))

@@ -132,6 +132,23 @@ def test_nesterov_and_schedules_are_flows_too():
         assert away(folded(NETWORKS["diagonal"](), optimizer)) == ("0", "1")
 
 
+def test_hidden_bases_of_a_matrix_chain_are_not_tracked():
+    """The product and the laws are backpropagation's; how hidden bases turn depends on the path."""
+    network = NETWORKS["relaxed"]()
+    fc = folded(network)
+    (full, _) = trained(network, network.apply, network.params, sgd, [2e-3])[0]
+    (moved, _) = trained(network, fc.apply, fc.params, sgd, [2e-3])[0]
+    expanded = fc.expand(moved)
+
+    def gap(found, wanted):
+        return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
+
+    assert gap(functools.reduce(jnp.matmul, expanded), functools.reduce(jnp.matmul, full)) < 5e-3
+    spectra = [jnp.linalg.svd(w, compute_uv=False) for w in (expanded[1], full[1])]
+    assert gap(*spectra) < 5e-3
+    assert gap(expanded[1], full[1]) > 0.1
+
+
 # --- what is folded, and what the report says ---
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flow_networks import chain, normal, vectors
 
-from fcjax import flows
+from fcjax import flows, matrix_flows
 
 RATES = [0.02 / 2**k for k in range(5)]
 CHAINS = {
@@ -34,7 +34,7 @@ def multiplied(factors):
 
 
 def offsets_of(factors):
-    return jnp.asarray(flows.gaps(factors)[0])
+    return jnp.asarray(matrix_flows.gaps(factors)[0])
 
 
 def descended(loss, start, steps):
@@ -161,7 +161,7 @@ def test_preconditioner_is_that_of_the_factors(name):
         after = multiplied([*factors[j + 1 :], np.eye(factors[-1].shape[1])])
         wanted = wanted + before @ before.T @ G @ after.T @ after
     offsets = offsets_of(factors)
-    found = gradient(lambda Z: jnp.vdot(G, flows.matrix_product(Z, offsets, rank)), Z)
+    found = gradient(lambda Z: jnp.vdot(G, matrix_flows.product(Z, offsets, rank)), Z)
     np.testing.assert_allclose(found, wanted, atol=1e-12 * np.max(np.abs(wanted)))
 
 
@@ -172,7 +172,7 @@ def test_product_converges_to_gradient_descent(name):
     offsets, start = offsets_of(factors), jnp.asarray(multiplied(factors))
 
     def closed(Z):
-        return flows.matrix_product(Z, offsets, rank)
+        return matrix_flows.product(Z, offsets, rank)
 
     full = descended(
         lambda w: 0.2 * fit(goal)(multiplied(w)), [jnp.asarray(w) for w in factors], 60
@@ -191,7 +191,7 @@ def test_a_narrow_chain_must_be_truncated():
     deviations = {}
     full = descended(lambda w: fit(goal)(multiplied(w)), [jnp.asarray(w) for w in factors], 800)
     for kept in (rank, 6):
-        closed = functools.partial(flows.matrix_product, offsets=jnp.zeros(3), rank=kept)
+        closed = functools.partial(matrix_flows.product, offsets=jnp.zeros(3), rank=kept)
         found = descended(lambda Z, closed=closed: fit(goal)(closed(Z)), start, 800)
         deviations[kept] = [
             relative(closed(Z), multiplied(w)) for Z, w in zip(found, full, strict=True)
@@ -204,7 +204,7 @@ def test_preconditioner_is_symmetric_and_transforms():
     factors, rank = CHAINS["narrow"]
     Z, offsets = jnp.asarray(multiplied(factors)), jnp.zeros(3)
     A, B = normal(6, 7, seed=1), normal(6, 7, seed=2)
-    closed = functools.partial(flows.matrix_product, offsets=offsets, rank=rank)
+    closed = functools.partial(matrix_flows.product, offsets=offsets, rank=rank)
 
     @jax.jit
     def moved(tangent):
@@ -221,34 +221,34 @@ def test_preconditioner_is_symmetric_and_transforms():
 
 def test_equal_singular_values_have_finite_gradients():
     Z = jnp.eye(4)
-    second = jax.hessian(lambda Z: jnp.sum(flows.matrix_product(Z, jnp.zeros(3), 4) ** 3))
+    second = jax.hessian(lambda Z: jnp.sum(matrix_flows.product(Z, jnp.zeros(3), 4) ** 3))
     assert np.isfinite(jax.jit(second)(Z)).all()
     for offsets in (jnp.zeros(3), jnp.asarray([0.0, 1.0, 2.0])):
-        zero = gradient(lambda Z, o=offsets: jnp.sum(flows.matrix_product(Z, o, 4)), 0.0 * Z)
+        zero = gradient(lambda Z, o=offsets: jnp.sum(matrix_flows.product(Z, o, 4)), 0.0 * Z)
         assert np.isfinite(zero).all()
 
 
 @each_chain
 def test_factors_of_a_product(name):
     factors, rank = CHAINS[name]
-    offsets, initial = offsets_of(factors), flows.gauge(factors, rank)
-    at_start = flows.matrix_factors(jnp.asarray(multiplied(factors)), offsets, rank, initial)
+    offsets, initial = offsets_of(factors), matrix_flows.gauge(factors, rank)
+    at_start = matrix_flows.factors(jnp.asarray(multiplied(factors)), offsets, rank, initial)
     for found, wanted in zip(at_start, factors, strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-13)
     left, right = (chain(n, n)[0] for n in (factors[0].shape[0], factors[-1].shape[1]))
     Z = 1.3 * left @ multiplied(factors) @ right
-    moved = flows.matrix_factors(Z, offsets, rank, initial)
+    moved = matrix_flows.factors(Z, offsets, rank, initial)
     np.testing.assert_allclose(multiplied(moved), Z, atol=1e-12)
-    found, violation = flows.gaps([np.asarray(w) for w in moved])
+    found, violation = matrix_flows.gaps([np.asarray(w) for w in moved])
     assert violation < 1e-12
     np.testing.assert_allclose(found, offsets, atol=1e-12)
 
 
 def test_factors_change_continuously():
     factors, rank = CHAINS["balanced"]
-    Z, initial = multiplied(factors), flows.gauge(factors, rank)
+    Z, initial = multiplied(factors), matrix_flows.gauge(factors, rank)
     for size in (1e-3, 1e-6):
-        near = flows.matrix_factors(Z + size * normal(7, 5), jnp.zeros(3), rank, initial)
+        near = matrix_flows.factors(Z + size * normal(7, 5), jnp.zeros(3), rank, initial)
         gaps = [float(jnp.max(jnp.abs(a - b))) for a, b in zip(near, factors, strict=True)]
         assert max(gaps) < 20 * size
 
@@ -259,8 +259,8 @@ def test_gradient_norms_add_up(name):
     goal = normal(factors[0].shape[0], factors[-1].shape[1], seed=7)
     each = gradient(lambda w: fit(goal)(multiplied(w)), [jnp.asarray(w) for w in factors])
     Z, offsets = jnp.asarray(multiplied(factors)), offsets_of(factors)
-    moved = gradient(lambda Z: fit(goal)(flows.matrix_product(Z, offsets, rank)), Z)
-    found = jax.jit(flows.gradient_norms, static_argnums=3)(Z, moved, offsets, rank)
+    moved = gradient(lambda Z: fit(goal)(matrix_flows.product(Z, offsets, rank)), Z)
+    found = jax.jit(matrix_flows.gradient_norms, static_argnums=3)(Z, moved, offsets, rank)
     np.testing.assert_allclose(found, sum(jnp.sum(g**2) for g in each), rtol=1e-10)
 
 
@@ -268,7 +268,7 @@ def test_gaps_measure_what_departs_from_the_identity():
     factors = [normal(6, 8), normal(8, 3)]
     gap = factors[1] @ factors[1].T - factors[0].T @ factors[0]
     gap -= np.trace(gap) / 8 * np.eye(8)
-    _, violation = flows.gaps(factors)
+    _, violation = matrix_flows.gaps(factors)
     larger = max(
         np.linalg.norm(factors[1] @ factors[1].T), np.linalg.norm(factors[0].T @ factors[0])
     )
@@ -277,10 +277,10 @@ def test_gaps_measure_what_departs_from_the_identity():
 
 def test_rebalanced_keeps_the_product():
     factors = [normal(6, 8), normal(8, 7), normal(7, 3)]
-    made = flows.rebalanced(factors, 3)
+    made = matrix_flows.rebalanced(factors, 3)
     assert [w.shape for w in made] == [w.shape for w in factors]
     np.testing.assert_allclose(multiplied(made), multiplied(factors), atol=1e-12)
-    offsets, violation = flows.gaps(made)
+    offsets, violation = matrix_flows.gaps(made)
     assert violation < 1e-13
     np.testing.assert_allclose(offsets, 0, atol=1e-12)
 
@@ -288,8 +288,8 @@ def test_rebalanced_keeps_the_product():
 def test_float32():
     factors = [w.astype(np.float32) for w in CHAINS["balanced"][0]]
     Z, G = multiplied(factors), normal(7, 5, seed=5).astype(np.float32)
-    found = jax.grad(lambda Z: jnp.vdot(G, flows.matrix_product(Z, jnp.zeros(3, Z.dtype), 5)))(Z)
-    wide = jax.grad(lambda Z: jnp.vdot(np.float64(G), flows.matrix_product(Z, jnp.zeros(3), 5)))(
+    found = jax.grad(lambda Z: jnp.vdot(G, matrix_flows.product(Z, jnp.zeros(3, Z.dtype), 5)))(Z)
+    wide = jax.grad(lambda Z: jnp.vdot(np.float64(G), matrix_flows.product(Z, jnp.zeros(3), 5)))(
         np.float64(Z)
     )
     assert found.dtype == jnp.float32
