@@ -5,6 +5,8 @@ from fcjax.drift import track_drift as track_drift
 from fcjax.equivariance import equivariance as equivariance
 from fcjax.errors import FrontContributionError as FrontContributionError
 from fcjax.errors import NotFoldableError as NotFoldableError
+from fcjax.laws import ConservationLaws as ConservationLaws
+from fcjax.laws import conservation_laws as conservation_laws
 from fcjax.report import Row as Row
 from fcjax.transform import FrontContribution as FrontContribution
 from fcjax.transform import front_contribute as front_contribute
@@ -12,12 +14,14 @@ from fcjax.verify import Verification as Verification
 from fcjax.verify import verify as verify
 
 __all__ = [
+    "ConservationLaws",
     "DriftState",
     "FrontContribution",
     "FrontContributionError",
     "NotFoldableError",
     "Row",
     "Verification",
+    "conservation_laws",
     "equivariance",
     "front_contribute",
     "track_drift",

@@ -1,4 +1,4 @@
-"""The command line: `fcjax demo` and `fcjax inspect module:function`."""
+"""The command line: `fcjax demo`, `fcjax inspect module:function` and `fcjax laws`."""
 
 import argparse
 import dataclasses
@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from fcjax.errors import FrontContributionError
+from fcjax.law_plots import plot_drift
+from fcjax.laws import conservation_laws
 from fcjax.transform import front_contribute
 
 
@@ -51,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a function without arguments that returns (apply_fn, params, *example_args)",
     )
     inspect.set_defaults(command=_inspect)
+
+    laws = commands.add_parser("laws", help="show what gradient flow conserves in a network")
+    laws.add_argument("spec", metavar="module:function", help="as for inspect")
+    laws.add_argument("--plot", type=Path, help="a picture of the laws along backpropagation")
+    laws.set_defaults(command=_laws)
     return parser
 
 
@@ -68,10 +75,7 @@ def _demo(options: argparse.Namespace) -> None:
         raise FrontContributionError(
             f"the demo needs {error.name}, which is not installed: pip install 'fcjax[demo]'"
         ) from error
-    if not options.output.parent.is_dir():
-        raise FrontContributionError(
-            f"--output {options.output}: the folder {options.output.parent} does not exist"
-        )
+    _require_folder("--output", options.output)
     effort = Effort(steps=5, repeats=3, timing_batch=128) if options.quick else Effort()
     if options.steps is not None:
         effort = dataclasses.replace(effort, steps=options.steps)
@@ -81,6 +85,20 @@ def _demo(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     apply_fn, params, *example_args = _network(options.spec)
     print(front_contribute(apply_fn, params, *example_args))
+
+
+def _laws(options: argparse.Namespace) -> None:
+    apply_fn, params, *example_args = _network(options.spec)
+    print(conservation_laws(apply_fn, params, *example_args))
+    if options.plot is not None:
+        _require_folder("--plot", options.plot)
+        plot_drift(apply_fn, params, *example_args, path=options.plot)
+        print(f"saved {options.plot}")
+
+
+def _require_folder(option: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise FrontContributionError(f"{option} {path}: the folder {path.parent} does not exist")
 
 
 def _network(spec: str) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["path_name", "short_names"]
+__all__ = ["layer_name", "path_name", "short_names"]
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -39,3 +39,16 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
         kernel = parts[-1] in ("kernel", "weight", "embedding") and len(parts) > 1
         short[path] = ".".join(parts[:-1] if kernel else parts)
     return short if len(set(short.values())) == len(short) else {p: p for p in paths}
+
+
+def layer_name(short: str) -> str:
+    """The layer that a leaf belongs to, from its short name.
+
+    Example:
+      >>> layer_name("Dense_0"), layer_name("Dense_0.bias"), layer_name("block.w")
+      ('Dense_0', 'Dense_0', 'block.w')
+    """
+    parts = short.replace("/", ".").split(".")
+    while len(parts) > 1 and parts[-1] in ("bias", "scale", "value"):
+        parts.pop()
+    return ".".join(parts)

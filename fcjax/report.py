@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from fcjax.names import short_names
 from fcjax.plan import Change, Plan
 from fcjax.reduction import Reduction
 from fcjax.render import lines
-from fcjax.trace import Value, nested_bodies
+from fcjax.trace import Body, Kind, Value, nested_bodies
 from fcjax.written import handed_over
 
 __all__ = ["Row", "rows", "text", "trained_before_final"]
@@ -164,16 +165,30 @@ def _paths(expr: Expr, names: Origins) -> set[str]:
 # --- the final layer ----------------------------------------------------------------------------
 
 
-def trained_before_final(plan: Plan, paths: Sequence[str]) -> list[str]:
+class Traced(Protocol):
+    """Anything with the equations of a network and what its values depend on."""
+
+    @property
+    def body(self) -> Body:
+        """The equations."""
+
+    @property
+    def known(self) -> dict[Value, Kind]:
+        """What each value depends on."""
+
+
+def trained_before_final(
+    plan: Traced,
+    paths: Sequence[str],
+    products: Sequence[str] = ("dot_general", "conv_general_dilated"),
+) -> list[str]:
     """Trainable leaves that something behind them multiplies with further parameters."""
     names = dict(zip(plan.body.inputs, paths, strict=False))
     behind: dict[Value, set[str]] = {}
     before: set[str] = set()
     for equation in plan.body.equations:
         reached = set().union(*(_names_of(v, names, plan, behind) for v in equation.values))
-        if equation.name in ("dot_general", "conv_general_dilated") or nested_bodies(
-            equation, plan.known
-        ):
+        if equation.name in products or nested_bodies(equation, plan.known):
             own = {names[v] for v in equation.values if v in names}
             if own or any(plan.known[v].of == "param" for v in equation.values):
                 data = [v for v in equation.values if plan.known[v].of == "data"]
@@ -183,7 +198,7 @@ def trained_before_final(plan: Plan, paths: Sequence[str]) -> list[str]:
 
 
 def _names_of(
-    value: Value, names: Mapping[Value, str], plan: Plan, behind: Mapping[Value, set[str]]
+    value: Value, names: Mapping[Value, str], plan: Traced, behind: Mapping[Value, set[str]]
 ) -> set[str]:
     if value in names and plan.known[value].trainable:
         return {names[value]}

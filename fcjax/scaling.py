@@ -127,6 +127,7 @@ class Reading:
       zeros: arrays known to be zero, which scale by anything.
       level: axes along which an array is known to be constant.
       data: arrays that depend on data.
+      boundaries: the operations about which nothing is known, in order.
     """
 
     def __init__(self, data: Iterable[Value] = ()) -> None:
@@ -134,6 +135,7 @@ class Reading:
         self.steps: list[Step] = []
         self.zeros: set[Value] = set()
         self.level: set[Axis] = set()
+        self.boundaries: dict[str, None] = {}
 
     def start(self) -> None:
         """Begins the facts of another equation."""
@@ -212,7 +214,8 @@ class Reading:
 
     def stack(self, axis: Axis, parts: Sequence[Axis | int]) -> None:
         """An axis that is made of others in turn; parts of no size are left out."""
-        kept = [part for part in parts if part != 0]
+        named = [part if isinstance(part, tuple) else int(part) for part in parts]
+        kept = [part for part in named if part != 0]
         if len(kept) == 1 and not isinstance(kept[0], int):
             self.same(axis, kept[0])
         else:
@@ -245,5 +248,6 @@ def result(equation: Equation) -> Value:
 
 def boundary(reading: Reading, equation: Equation) -> None:
     """Nothing is known: nothing around it may scale."""
+    reading.boundaries.setdefault(str(equation.source.params.get("name", equation.name)))
     for atom in (*equation.inputs, *equation.outputs):
         reading.zero_all(atom)

@@ -268,12 +268,13 @@ class _Search:
         return math.prod(sizes.values())
 
     def _symmetry(self, group: "_Group") -> Symmetry:
+        sizes = [self._size(n) for n in group.axes[0]]
+        kept = [i for i, size in enumerate(sizes) if size > 1] or [0]
         places = tuple(
-            self._place(charge, axes)
+            self._place(charge, [axes[i] for i in kept])
             for charge, axes in zip(group.charges.values(), group.axes, strict=True)
         )
-        units = tuple(self._size(n) for n in group.axes[0])
-        return Symmetry(units, group.mixed, places)
+        return Symmetry(tuple(sizes[i] for i in kept), group.mixed, places)
 
     def _size(self, number: int) -> int:
         value, axis, k = self.nodes[number]
@@ -297,7 +298,7 @@ class _Search:
         for group in pairs.groups():
             nodes = [node for node, _ in group]
             alone = len(set(nodes)) == len(nodes) == len(solution)
-            if alone and pairs.find(group[0]) not in gone and self._size(group[0][1]) > 1:
+            if alone and pairs.find(group[0]) not in gone:
                 found.append(dict(group))
         return found
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fcjax import check, trace
+from fcjax import certificate, check, trace
 from fcjax import report as reporting
 from fcjax.errors import NotFoldableError
 from fcjax.flow_matrices import MatrixFold
@@ -110,7 +110,7 @@ def front_contribute(
         apply_fn, params, example_args, objective, optimizer, data, exactness, rebalance
     )
     if strict:
-        _require_folded(fc)
+        _require_folded(fc, example_args)
     return fc
 
 
@@ -505,9 +505,14 @@ def _tree(params: PyTree) -> Tree:
     )
 
 
-def _require_folded(fc: FrontContribution) -> None:
+def _require_folded(fc: FrontContribution, example_args: tuple[Any, ...]) -> None:
     left = reporting.trained_before_final(fc.plan, fc.paths)
     if left:
+        call = _Call.of(example_args, {})
+        body, _ = fc._trace(fc._avals, call)
+        kinds = [PARAM if trained else FROZEN for trained in fc._tree.trained]
+        kinds += [DATA] * len(call.arrays)
+        found = certificate.of_network(body, kinds, fc.paths, fc._tree.leaves)
         sizes = {row.path: math.prod(row.reduced_shape or ()) for row in fc.report}
         reasons = {fc.paths[leaf]: reason for leaf, reason in fc._reduction.reasons.items()}
         listed = ", ".join(
@@ -518,5 +523,5 @@ def _require_folded(fc: FrontContribution) -> None:
         raise NotFoldableError(
             f"strict=True, but weights in front of the final layer keep training: {listed}{more}. "
             "Collapsing and compressing make their step cheaper and remove none of them entirely. "
-            "Leave strict at False to train the network as it is."
+            f"{found}. Leave strict at False to train the network as it is."
         )

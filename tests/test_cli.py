@@ -16,6 +16,10 @@ def linear():
     params = {"first": jnp.ones((8, 64)), "second": jnp.ones((64, 2))}
     return lambda p, x: x @ p["first"] @ p["second"], params, jnp.ones((1024, 8))
 
+def small():
+    params = {"first": jnp.arange(1.0, 5.0).reshape(2, 2), "second": jnp.eye(2)}
+    return lambda p, x: x @ p["first"] @ p["second"], params, jnp.ones((4, 2))
+
 def not_a_tuple():
     return 3
 
@@ -39,6 +43,21 @@ def test_inspect_prints_the_report(networks, capsys):
     assert main(["inspect", f"{networks}:linear"]) == 0
     assert "first" in capsys.readouterr().out
     assert sys.path == path
+
+
+def test_laws_prints_the_table_and_draws(networks, tmp_path, capsys):
+    picture = tmp_path / "laws.png"
+    assert main(["laws", f"{networks}:small", "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "3 conservation laws" in printed
+    assert "3 of 4 hidden degrees of freedom" in printed
+    assert f"saved {picture}" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_laws_refuses_a_missing_folder(networks, tmp_path, capsys):
+    assert main(["laws", f"{networks}:small", "--plot", str(tmp_path / "missing" / "a.png")]) == 1
+    assert "--plot" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

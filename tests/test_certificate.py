@@ -1,0 +1,187 @@
+"""The rank certificate: theory's table, brute force on random networks, and what strict says."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import law_networks
+import numpy as np
+import pytest
+
+import fcjax
+from fcjax import certificate
+from fcjax.certificate import Certificate
+
+ACTS = {"linear": lambda z: z, "relu": jax.nn.relu, "squared": lambda z: jax.nn.relu(z) ** 2}
+
+
+def dense(rng, sizes, acts, biases=False, zeros=0.0):
+    """Dense layers with some activations between them; some of the weights are zero."""
+    params = []
+    for a, b in itertools.pairwise(sizes):
+        params.append({"w": law_networks.normal(rng, a, b) * (rng.random((a, b)) >= zeros)})
+        if biases:
+            params[-1]["b"] = law_networks.normal(rng, b)
+
+    def apply(p, x):
+        for layer, act in itertools.zip_longest(p, acts, fillvalue=ACTS["linear"]):
+            x = act(x @ layer["w"] + layer.get("b", 0.0))
+        return x
+
+    return apply, params, jnp.ones((4, sizes[0]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "act", "expected"),
+    [
+        ((1, 3, 3, 1), "linear", (12, 12)),
+        ((2, 3, 2), "linear", (5, 6)),
+        ((1, 4, 1), "relu", (4, 4)),
+        ((2, 4, 1), "relu", (4, 8)),
+        ((1, 3, 3, 1), "relu", (6, 12)),
+        ((3, 1), "linear", (0, 0)),
+    ],
+)
+def test_table_of_the_theory(sizes, act, expected):
+    network = dense(np.random.default_rng(0), sizes, [ACTS[act]] * (len(sizes) - 2))
+    laws = fcjax.conservation_laws(*network)
+    assert laws.rank() == expected
+    determined, hidden = expected
+    words = str(laws.certificate())
+    if hidden:
+        assert words.startswith(
+            f"{determined} of {hidden} hidden degrees of freedom are determined"
+        )
+        assert ("are no function" in words) == (determined < hidden)
+    else:
+        assert words == "no weights stand before the final layer"
+
+
+def random_network(seed):
+    rng = np.random.default_rng(seed)
+    if seed % 5 == 4:
+        return law_networks.build(seed)[:3]
+    sizes = [int(n) for n in rng.integers(1, 5, int(rng.integers(3, 6)))]
+    kind = list(ACTS.values())
+    acts = [kind[i] for i in rng.integers(0, 3, len(sizes) - 2)]
+    apply, params, x = dense(rng, sizes, acts, bool(seed % 2), zeros=0.3 * (seed % 3 == 0))
+    return apply, params, (x,)
+
+
+def law_values(laws, leaves):
+    """All laws, by their definition."""
+    found = []
+    for group in laws.groups:
+        blocks, size = group.symmetry.mixing
+        total = 0.0
+        for place in group.symmetry.places:
+            rows = place.rows(leaves[place.leaf]).reshape(blocks, size, -1)
+            total = total + float(place.charge) * (rows @ rows.transpose(0, 2, 1))
+        found.append(total[:, *np.triu_indices(size)].ravel())
+    return np.concatenate(found)
+
+
+def brute_force(laws, params):
+    """The rank of the Jacobian of all laws with respect to all hidden weights, one by one.
+
+    The derivative of a quadratic form is half the difference at the distance one.
+    """
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    columns = []
+    for leaf in laws._hidden:
+        for index in np.ndindex(leaves[leaf].shape):
+            ends = []
+            for by in (1.0, -1.0):
+                moved = list(leaves)
+                moved[leaf] = leaves[leaf].copy()
+                moved[leaf][index] += by
+                ends.append(law_values(laws, moved))
+            columns.append((ends[0] - ends[1]) / 2)
+    return int(np.linalg.matrix_rank(np.array(columns), rtol=1e-9)) if columns else 0
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_brute_force(seed):
+    apply_fn, params, args = random_network(seed)
+    laws = fcjax.conservation_laws(apply_fn, params, *args)
+    found = laws.certificate()
+    sizes = [np.size(leaf) for leaf in jax.tree.leaves(params)]
+    assert found.exact
+    assert found.hidden == sum(sizes[leaf] for leaf in laws._hidden)
+    assert found.hidden == sum(row.size for row in found.layers)
+    assert found.determined == (brute_force(laws, params) if len(laws) else 0)
+
+
+def test_hidden_weights_are_those_before_the_final_layer():
+    apply_fn, params, x = dense(np.random.default_rng(0), (3, 4, 2), [ACTS["relu"]], biases=True)
+    found = fcjax.conservation_laws(apply_fn, params, x).certificate()
+    assert found == Certificate(4, 16, 4, found.layers)
+    # elementwise products are layers too
+    scaled = fcjax.conservation_laws(
+        lambda p, x: x * p[0] * p[1], [jnp.ones(3)] * 2, jnp.ones((2, 3))
+    )
+    assert scaled.rank() == (3, 3)
+
+
+def test_each_layer_by_itself():
+    """Given all other layers, a relu layer has one determined weight for each unit at its ends."""
+    network = dense(np.random.default_rng(0), (5, 3, 4, 1), [ACTS["relu"]] * 2)
+    layers = fcjax.conservation_laws(*network).certificate().layers
+    # of the second layer's 3 + 4 norms, one follows from the others: both sum up to all of it
+    assert [(row.determined, row.size) for row in layers] == [(3, 15), (6, 12)]
+
+
+def test_wide_relu_network_takes_no_time():
+    network = dense(np.random.default_rng(0), (784, 256, 10), [ACTS["relu"]])
+    laws = fcjax.conservation_laws(*network)
+    start = time.perf_counter()
+    found = laws.certificate()
+    assert time.perf_counter() - start < 3
+    assert (found.determined, found.hidden, found.exact) == (256, 200_704, True)
+    assert "256 of 200,704 hidden degrees of freedom" in str(laws)
+
+
+def test_wide_linear_network_is_known_or_bounded():
+    """A rank that would need a huge matrix is exact where layers drop out, else a bound."""
+    rng = np.random.default_rng(0)
+    shrinking = fcjax.conservation_laws(*dense(rng, (80, 70, 60, 2), [ACTS["linear"]] * 2))
+    found = shrinking.certificate()
+    assert (found.determined, found.exact) == (70 * 71 // 2 + 60 * 61 // 2, True)
+    growing = fcjax.conservation_laws(*dense(rng, (2, 70, 70, 2), [ACTS["linear"]] * 2))
+    bounded = growing.certificate()
+    assert not bounded.exact
+    assert "at most" in str(bounded)
+
+
+def test_a_bound_is_one(monkeypatch):
+    """Where the relations are not solved, what is claimed is no less than the rank."""
+    network = dense(np.random.default_rng(0), (2, 5, 4, 3, 1), [ACTS["linear"]] * 3)
+    laws = fcjax.conservation_laws(*network)
+    exactly = laws.certificate()
+    monkeypatch.setattr(certificate, "LARGEST", 0)
+    bounded = laws.certificate()
+    assert exactly.exact
+    assert not bounded.exact
+    assert bounded.determined >= exactly.determined == brute_force(laws, network[1])
+
+
+def test_strict_raises_with_the_certificate():
+    network = dense(np.random.default_rng(0), (3, 4, 2), [ACTS["relu"]])
+    with pytest.raises(fcjax.NotFoldableError, match="4 of 12 hidden degrees of freedom"):
+        fcjax.front_contribute(*network, exactness="flow", strict=True)
+
+
+def test_rank_inside_jit_is_refused():
+    apply_fn, params, x = dense(np.random.default_rng(0), (3, 4, 2), [ACTS["relu"]])
+
+    @jax.jit
+    def rank(p):
+        return fcjax.conservation_laws(apply_fn, p, x).rank()[0]
+
+    message = "call rank and certificate outside jit"
+    with pytest.raises(fcjax.FrontContributionError, match=re.escape(message)):
+        rank(params)
