@@ -67,13 +67,41 @@ def matrix_chains(network: Written, count: int) -> tuple[MatrixChain, ...]:
     for leaf, axis in across:
         if (leaf, 1 - axis) in across:
             continue
-        chain = _followed(leaf, axis, across)
-        first, last = (rank[network.body.inputs[end]] for end in (chain[0][0], chain[-1][0]))
+        joints = _followed(leaf, axis, across)
+        first, last = (rank[network.body.inputs[end]] for end in (joints[0][0], joints[-1][0]))
         if first < last:
-            found.append(
-                MatrixChain(tuple(i for i, _ in chain), tuple(axis == 1 for _, axis in chain))
+            chain = MatrixChain(
+                tuple(i for i, _ in joints), tuple(entry == 1 for _, entry in joints)
             )
+            found.append(_directed(chain, network))
     return tuple(found)
+
+
+def _directed(chain: MatrixChain, network: Written) -> MatrixChain:
+    """The chain from the end that meets data; where none or both do, as it is read."""
+    made = with_products(network, [chain], [""] * len(network.body.inputs))
+    ends = {made.body.inputs[chain.leaves[-1]]: (0, 1)}
+    votes = 0
+    for value, expr in made.roots.items():
+        for term in expr.terms:
+            for factor in term.factors:
+                if factor.leaf.var in ends:
+                    entry, leaving = (factor.axes[i] for i in ends[factor.leaf.var])
+                    votes += _meets(entry, term, expr) - _meets(leaving, term, expr)
+        if len(expr.terms) == 1 and len(expr.terms[0].factors) == 1:
+            (factor,) = expr.terms[0].factors
+            axes = [factor.axes[i] for i in ends.get(factor.leaf.var, ())]
+            if axes and set(axes) <= set(expr.dims):  # a view, which others read in its place
+                ends[value] = (expr.dims.index(axes[0]), expr.dims.index(axes[1]))
+    if votes >= 0:
+        return chain
+    return MatrixChain(chain.leaves[::-1], tuple(not turned for turned in chain.turned[::-1]))
+
+
+def _meets(axis: ex.Axis, term: Term, expr: Expr) -> bool:
+    """Whether an axis of a factor is contracted with data."""
+    data = frozenset().union(*(f.labels for f in term.factors if f.is_data))
+    return bool(axis) and set(axis) <= data - expr.free
 
 
 def _followed(leaf: int, leaving: int, across: Mapping[Joint, Joint]) -> list[Joint]:
