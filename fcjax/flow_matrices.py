@@ -146,7 +146,7 @@ class MatrixFold(Chained):
             f"{names[leaf]}{'^T' if turned else ''}"
             for leaf, turned in zip(self.leaves, self.chain.turned, strict=True)
         )
-        sizes = "x".join(map(str, self.trained_shape))
+        sizes, least = "x".join(map(str, self.trained_shape)), min(self.trained_shape)
         roots = f"s_j = sigma({label})^(1/{len(self.leaves)})"
         if self.offsets.any():
             listed = ", ".join(f"{c:.3g}" for c in self.offsets)
@@ -154,6 +154,7 @@ class MatrixFold(Chained):
         return [
             f"{label} = {product} [{sizes}], trained in the place of {names[self.survivor]}",
             f"    singular values of the factors: {roots}",
+            f"    a step pays for one eigendecomposition of {least} x {least}",
         ]
 
     def law(self, names: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from fcjax.flow_matrices import MatrixFold
 from fcjax.flow_rules import unasked
 from fcjax.names import path_name
 from fcjax.plan import Plan, folds_always, plan
-from fcjax.products import with_products
+from fcjax.products import MatrixChain, with_products
 from fcjax.program import Program
 from fcjax.reduction import Tree, nothing
 from fcjax.report import Row
@@ -123,7 +123,7 @@ class FrontContribution:
         are trained, and None for those that are not.
       contributions: arrays that are computed before training and not trained: constants that
         ``apply_fn`` closes over, non-float parameter leaves, and what leads from the trained
-        parameters to the original ones (signs, bases, and what no basis reaches).
+        parameters to the original ones (signs, bases, what no basis reaches, constants of laws).
       objective: what the planner saves.
     """
 
@@ -199,7 +199,7 @@ class FrontContribution:
         self._reduction.refuse_outside(call.arrays)
         running = self._reduction.running(leaves, self.contributions)
         compiled = self._compile(running, call)
-        if compiled.plan.is_trivial:  # nothing to gain: the network runs exactly as written
+        if compiled.plan.is_trivial and not self._products:  # nothing to gain: exactly as written
             return self.apply_fn(jax.tree.unflatten(self._tree.structure, running), *args, **kwargs)
         sources = self._reduction.sources(self.contributions)
         constants = [array for _, array in compiled.body.constants]
@@ -408,14 +408,18 @@ class FrontContribution:
 
     def _planned(self, network: Written, out_structure: Any) -> "_Compiled":
         taken, reduced = self._reduction.compression, network
-        chains = [fold.chain for fold in self._reduction.flows if isinstance(fold, MatrixFold)]
-        if chains:
-            reduced = with_products(reduced, chains, self.paths)
+        if self._products:
+            reduced = with_products(reduced, self._products, self.paths)
         if taken is not None:
             reduced = rewritten(reduced, taken, self.paths)
         if reduced is network:
             return _Compiled(plan(network, self.objective), out_structure)
         return _Compiled(plan(reduced, self.objective, network), out_structure)
+
+    @property
+    def _products(self) -> list[MatrixChain]:
+        """The chains whose factors the network is not given, only their product."""
+        return [fold.chain for fold in self._reduction.flows if isinstance(fold, MatrixFold)]
 
     # --- what was found ---
 

@@ -189,6 +189,7 @@ def test_printed_formulas():
     assert "exact for this optimizer as its learning rate goes to 0" in printed
     assert "4 folded away" in printed
     assert "x W_eff" in printed
+    assert "a step pays for one eigendecomposition of 4 x 4" in printed
 
 
 def test_printed_constants_of_a_relaxed_chain_and_of_decay():
@@ -562,6 +563,21 @@ def test_another_reading_of_the_chain_raises():
     fc = folded(network)
     with pytest.raises(FrontContributionError, match="hidden spaces between 0, 1 in another way"):
         fc.apply(fc.params, network.x, inner=True)
+
+
+def test_a_call_that_does_not_need_the_chain():
+    a, b = chain(4, 5, 4)
+
+    def apply(p, x, short=False):
+        y = x @ p[0] @ p[1]
+        return jnp.tanh(x @ p[2]) if short else jnp.tanh(y) @ p[2]
+
+    params = [jnp.asarray(w) for w in (a, b, normal(4, 2))]
+    network = Network(apply, params, jnp.ones((2, 4)), None, ())
+    fc = folded(network)
+    np.testing.assert_allclose(
+        fc.apply(fc.params, network.x, short=True), apply(params, network.x, short=True)
+    )
 
 
 def test_reduce_refuses_what_is_off_the_manifold():
