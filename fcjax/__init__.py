@@ -1,5 +1,7 @@
 """Front contribution: train over-parameterised networks at the plain network's price, exactly."""
 
+from fcjax.drift import DriftState as DriftState
+from fcjax.drift import track_drift as track_drift
 from fcjax.equivariance import equivariance as equivariance
 from fcjax.errors import FrontContributionError as FrontContributionError
 from fcjax.errors import NotFoldableError as NotFoldableError
@@ -13,6 +15,7 @@ from fcjax.verify import verify as verify
 
 __all__ = [
     "ConservationLaws",
+    "DriftState",
     "FrontContribution",
     "FrontContributionError",
     "NotFoldableError",
@@ -21,5 +24,6 @@ __all__ = [
     "conservation_laws",
     "equivariance",
     "front_contribute",
+    "track_drift",
     "verify",
 ]

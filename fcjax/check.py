@@ -29,7 +29,9 @@ EXACTNESS = ("discrete", "flow", "approximate")
 OBJECTIVES = ("time", "memory")
 
 
-def options(apply_fn: Any, optimizer: Any, exactness: Any, objective: Any, data: Any) -> None:
+def options(
+    apply_fn: Any, optimizer: Any, exactness: Any, objective: Any, data: Any, rebalance: Any = False
+) -> None:
     """Checks the arguments of ``front_contribute`` that are no arrays.
 
     Raises:
@@ -55,6 +57,11 @@ def options(apply_fn: Any, optimizer: Any, exactness: Any, objective: Any, data:
     if data is not None and optimizer is None:
         raise FrontContributionError(
             "data= removes weights, which is exact only for some optimizers; pass optimizer= too"
+        )
+    if rebalance and (optimizer is None or exactness == "discrete"):
+        raise FrontContributionError(
+            "rebalance=True changes the initial weights to fold them under gradient flow; pass "
+            'exactness="flow" and optimizer= too'
         )
 
 

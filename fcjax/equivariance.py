@@ -22,7 +22,16 @@ import optax
 from fcjax.compat import ClosedJaxpr, Jaxpr, Literal, open_jaxpr
 from fcjax.names import path_name
 
-__all__ = ["Change", "Follows", "Shrinks", "Stays", "Verdict", "equivariance", "experiment"]
+__all__ = [
+    "Change",
+    "Follows",
+    "Shrinks",
+    "Stays",
+    "Verdict",
+    "equivariance",
+    "experiment",
+    "operations",
+]
 
 # optax.MultiSteps accumulates in float32, and measures 1e-7; what breaks a rule measures 1e-4 and
 # more.
@@ -331,11 +340,11 @@ def _depends_on_sizes(
         leaves = [jax.ShapeDtypeStruct(shape, jnp.float64) for shape in shapes]
         tree = jax.tree.unflatten(pair.structure, leaves)
         traced = jax.make_jaxpr(lambda w, g: optimizer.update(g, optimizer.init(w), w))(tree, tree)
-        programs.append(list(_operations(traced, numbers=resized)))
+        programs.append(list(operations(traced, numbers=resized)))
     return programs[0] != programs[1]
 
 
-def _operations(jaxpr: Any, *, numbers: bool) -> Iterator[str]:
+def operations(jaxpr: Any, *, numbers: bool) -> Iterator[str]:
     """The primitives of a program in their order, and the numbers that are written in it."""
     for eqn in open_jaxpr(jaxpr)[0].eqns:
         yield eqn.primitive.name
@@ -347,7 +356,7 @@ def _operations(jaxpr: Any, *, numbers: bool) -> Iterator[str]:
             )
         parts = jax.tree.leaves(eqn.params, is_leaf=_is_program)
         for inner in filter(_is_program, parts):
-            yield from _operations(inner, numbers=numbers)
+            yield from operations(inner, numbers=numbers)
 
 
 def _is_program(value: Any) -> bool:

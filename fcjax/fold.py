@@ -26,7 +26,7 @@ from fcjax.primitives import VIEWS
 from fcjax.trace import Atom, Body, Equation, Value
 from fcjax.written import Written
 
-__all__ = ["Chain", "chains", "is_relu", "mismatch", "signs"]
+__all__ = ["Chain", "chains", "in_order", "is_relu", "mismatch", "signs"]
 
 Array = np.ndarray[Any, Any]
 
@@ -88,7 +88,7 @@ def chains(network: Written, count: int) -> tuple[tuple[Chain, ...], dict[int, s
     }
     reading = _Reading(network, parameters.keys())
     groups: dict[Any, list[int]] = {}
-    for value in _in_order(network.body, parameters.keys()):
+    for value in in_order(network.body, parameters.keys()):
         if reading.places[value]:
             same = (*_array(value.aval), frozenset(reading.places[value].items()))
             groups.setdefault(same, []).append(parameters[value])
@@ -324,7 +324,7 @@ def _formula(jaxpr: Any) -> list[Any]:
     return [read(atom) for atom in body.outputs]
 
 
-def _in_order(body: Body, parameters: Iterable[Value]) -> list[Value]:
+def in_order(body: Body, parameters: Iterable[Value]) -> list[Value]:
     """The parameters in the order in which anything but a view reads them."""
     viewed = {value: value for value in parameters}
     entered: dict[Value, int] = {}

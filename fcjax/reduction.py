@@ -5,7 +5,8 @@ What the rules of ``rules.py`` chose, as functions between the two.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 
 from fcjax.compress import Compression
 from fcjax.errors import FrontContributionError
+from fcjax.flow_folds import FlowFold
 from fcjax.subspaces import made_with, outside
 from fcjax.trace import Value
 
@@ -59,6 +61,7 @@ class Reduction:
       followers: for each leaf that is folded away, the leaf it follows and with which signs.
       compression: the leaves that are trained in the coordinates of reachable spaces.
       reasons: why leaves were reduced, or why they could not be.
+      flows: the chains that are folded along gradient flow.
       deviation: how far the optimizer moved the reduced weights from the full ones in the
         experiment, relative to an update.
     """
@@ -67,25 +70,53 @@ class Reduction:
     followers: Mapping[int, tuple[int, np.ndarray[Any, Any]]]
     compression: Compression | None
     reasons: Mapping[int, str]
+    flows: tuple[FlowFold, ...] = ()
     deviation: float = 0.0
 
     @property
     def is_trivial(self) -> bool:
         """Whether every leaf is trained as it is."""
-        return not self.followers and self.compression is None
+        return not self.followers and not self.flows and self.compression is None
+
+    @functools.cached_property
+    def flow_of(self) -> Mapping[int, FlowFold]:
+        """For each leaf of a flow fold, that fold."""
+        return {leaf: fold for fold in self.flows for leaf in fold.leaves}
+
+    @functools.cached_property
+    def folded(self) -> frozenset[int]:
+        """The leaves that are folded away."""
+        return self.followed - {fold.folded[0] for fold in self.flows if fold.decays}
+
+    @functools.cached_property
+    def held(self) -> frozenset[int]:
+        """The leaves that folds relate to each other."""
+        flows = [(*fold.leaves, *fold.sources) for fold in self.flows]
+        survivors = [survivor for survivor, _ in self.followers.values()]
+        return frozenset(self.followers).union(survivors, *flows)
+
+    @functools.cached_property
+    def followed(self) -> frozenset[int]:
+        """The leaves that no gradient flows to."""
+        flows = itertools.chain.from_iterable(fold.folded for fold in self.flows)
+        return frozenset(self.followers) | frozenset(flows)
 
     def rule(self, leaf: int) -> tuple[str, str] | None:
         """The rule that changes a leaf's shape, and for which optimizers it is exact."""
         if leaf in self.followers:
             return "fold", "sign"
+        if leaf in self.flow_of:
+            return "fold", "flow"
         if self.compression is not None and leaf in self.compression.shapes:
             return "compress", self.compression.exactness
         return None
 
     def reduced_shape(self, leaf: int) -> tuple[int, ...] | None:
         """The shape in which a leaf is trained, None if it is not."""
-        if leaf in self.followers or not self.tree.trained[leaf]:
+        if leaf in self.folded or not self.tree.trained[leaf]:
             return None
+        if leaf in self.flow_of:
+            return () if leaf in self.followed else self.flow_of[leaf].trained_shape
         if self.compression is not None and leaf in self.compression.shapes:
             return self.compression.reduced_shape(leaf)
         return tuple(np.shape(self.tree.leaves[leaf]))
@@ -96,8 +127,9 @@ class Reduction:
         names = self.tree.paths
         dtypes = [jnp.result_type(leaf) for leaf in self.tree.leaves]
         signs = {names[k]: jnp.asarray(by, dtypes[k]) for k, (_, by) in self.followers.items()}
+        flows = {names[fold.leaves[-1]]: fold.fixed() for fold in self.flows}
         if self.compression is None:
-            return {"signs": signs, "bases": {}, "rests": {}, "places": {}}
+            return {"signs": signs, "bases": {}, "rests": {}, "places": {}, "flows": flows}
         found = self.compression.spaces.found
         bases = {
             str(number): jnp.asarray(array, dtypes[found[number].places[0].leaf])
@@ -105,7 +137,7 @@ class Reduction:
         }
         rests = {names[k]: jnp.asarray(a, dtypes[k]) for k, a in self.compression.rests.items()}
         places = {names[k]: jnp.asarray(self.compression.places(k)) for k in self.compression.rows}
-        return {"signs": signs, "bases": bases, "rests": rests, "places": places}
+        return {"signs": signs, "bases": bases, "rests": rests, "places": places, "flows": flows}
 
     def running(self, leaves: Sequence[Array], contributions: Contributions) -> list[Array]:
         """What the network in reduced coordinates is given: followers from their survivors.
@@ -117,7 +149,34 @@ class Reduction:
         for leaf, (survivor, _) in self.followers.items():
             signs = contributions["signs"][self.tree.paths[leaf]]
             made[leaf] = jax.lax.stop_gradient(signs * leaves[survivor])
+        for fold, fixed in self._flows(contributions):
+            found = fold.running(leaves, _rho(fold, leaves), fixed)
+            for leaf, array in found.items():
+                made[leaf] = array
         return made
+
+    def _flows(self, contributions: Contributions) -> Iterator[tuple[FlowFold, Any]]:
+        """The flow folds with what is fixed for each."""
+        for fold in self.flows:
+            yield fold, contributions["flows"][self.tree.paths[fold.leaves[-1]]]
+
+    def broken(self, leaves: Sequence[Array]) -> tuple[str, ...]:
+        """Why flow folds are no longer valid at some trained leaves."""
+        found = [
+            fold.broken(leaves, float(_rho(fold, leaves)), self.tree.paths) for fold in self.flows
+        ]
+        return tuple(reason for reason in found if reason)
+
+    def law_gradients(
+        self, leaves: Sequence[Array], gradients: Sequence[Array], contributions: Contributions
+    ) -> dict[str, Array]:
+        """By how much a step changes the laws of each flow fold, over its squared rate."""
+        return {
+            self.tree.paths[fold.leaves[-1]]: fold.drift(
+                leaves, gradients, _rho(fold, leaves), fixed
+            )
+            for fold, fixed in self._flows(contributions)
+        }
 
     def sources_in(self, inputs: Sequence[Value]) -> Sequence[Value]:
         """Which inputs of the reduced network are bases and places of rows; they come last."""
@@ -164,8 +223,18 @@ class Reduction:
         """
         if any(isinstance(x, jax.core.Tracer) for x in leaves):
             return
-        for leaf, back in enumerate(self.expand(reduced, self.contributions)):
-            if self.rule(leaf) is None:
+        restored = self.expand(reduced, self.contributions)
+        for fold in self.flows:
+            lost = fold.lost(leaves, restored)
+            if not lost <= ELSEWHERE:
+                names = ", ".join(self.tree.paths[leaf] for leaf in fold.leaves)
+                raise FrontContributionError(
+                    f"full parameters {names} are not on the manifold of the initial ones, on "
+                    f"which gradient flow stays: their conserved quantities differ by {lost:.1g} "
+                    "of their size. Call front_contribute again with these parameters."
+                )
+        for leaf, back in enumerate(restored):
+            if self.rule(leaf) is None or leaf in self.flow_of:
                 continue
             wide, again = np.asarray(leaves[leaf], np.float64), np.asarray(back, np.float64)
             lost = np.max(np.abs(wide - again), initial=0.0)
@@ -179,6 +248,10 @@ class Reduction:
     def expand(self, leaves: Sequence[Array], contributions: Contributions) -> list[Array]:
         """All original leaves."""
         full = self.running(leaves, contributions)
+        for fold, fixed in self._flows(contributions):
+            found = fold.expand(leaves, _rho(fold, leaves), fixed)
+            for leaf, array in found.items():
+                full[leaf] = array
         for leaf in self.compression.shapes if self.compression is not None else ():
             full[leaf] = self._changed(leaf, leaves[leaf], contributions, back=True)
         return full
@@ -186,7 +259,11 @@ class Reduction:
     def reduce(self, leaves: Sequence[Array], contributions: Contributions) -> list[Array]:
         """The trained leaves, None for the others."""
         kept = [x if t else None for x, t in zip(leaves, self.tree.trained, strict=True)]
-        for leaf in self.followers:
+        for fold, fixed in self._flows(contributions):
+            made, rho = fold.reduce(leaves, fixed)
+            for leaf, array in {**made, **({fold.folded[0]: rho} if fold.decays else {})}.items():
+                kept[leaf] = array
+        for leaf in self.folded:
             kept[leaf] = None
         for leaf in self.compression.shapes if self.compression is not None else ():
             kept[leaf] = self._changed(leaf, leaves[leaf], contributions, back=False)
@@ -200,6 +277,14 @@ class Reduction:
         rest = contributions["rests"].get(self.tree.paths[leaf])
         way = self.compression.expand if back else self.compression.reduce
         return way(leaf, array, bases, rest)
+
+
+def _rho(fold: FlowFold, leaves: Sequence[Array]) -> Array:
+    """By how much weight decay has shrunk the factors of a fold."""
+    if fold.decays:
+        return leaves[fold.folded[0]]
+    (first, *_) = (*fold.sources, fold.leaves[-1])
+    return np.ones((), leaves[first].dtype)
 
 
 def nothing(tree: Tree, reasons: Mapping[int, str] | None = None) -> Reduction:

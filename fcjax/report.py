@@ -214,32 +214,70 @@ def text(plan: Plan, reduction: Reduction) -> str:
     listed = rows(plan, reduction)
     names = short_names(paths)
     bases = reduction.sources_in(plan.body.inputs)
-    called = {v: names[p] for v, p in zip(plan.body.inputs, paths, strict=False)}
+    called = _called(plan, reduction, names)
     called |= {value: f"S{i + 1}" for i, value in enumerate(bases)}
     arguments = plan.body.inputs[len(paths) : len(plan.body.inputs) - len(bases)]
     head = [
         f"fcjax: {counted(listed)}; {_weights(listed)}",
         f"step FLOPs {_rounded(plan.before.flops)} as written, "
         f"{_rounded(plan.after.flops)} folded, for inputs {_inputs(arguments)}; "
-        f"exact for {'any' if reduction.is_trivial else 'this'} optimizer",
+        f"exact for {_exact_for(reduction)}",
     ]
-    if not reduction.is_trivial:
+    if reduction.followers or reduction.compression is not None:
         head.append(
             "tested on a tree of this structure, the optimizer moves full and reduced weights "
             f"alike, to {reduction.deviation:.0e} of an update"
         )
     sections = [head, ["", "effective expression", *lines(plan, called)]]
+    if reduction.flows:
+        sections.append(["", "folded along gradient flow", *_flows(reduction, names)])
     for title, rules in (("fewer weights", ("fold", "compress")), ("left as they are", ("train",))):
-        chosen = [row for row in listed if row.rule in rules]
+        chosen = [row for row in listed if row.rule in rules and row.exactness != "flow"]
         if chosen:
             sections.append(["", title, *_listed(chosen, names)])
     return "\n".join(itertools.chain(*sections))
 
 
+def _exact_for(reduction: Reduction) -> str:
+    if reduction.flows:
+        return "this optimizer as its learning rate goes to 0"
+    return "any optimizer" if reduction.is_trivial else "this optimizer"
+
+
+def _flows(reduction: Reduction, names: Mapping[str, str]) -> list[str]:
+    short = [names[path] for path in reduction.tree.paths]
+    labels = _labels(reduction)
+    return [
+        f"  {line}"
+        for fold, label in zip(reduction.flows, labels, strict=True)
+        for line in fold.formula(short, label)
+    ]
+
+
+def _labels(reduction: Reduction) -> list[str]:
+    """A name for the effective weight of each flow fold, numbered if there are several."""
+    symbols = [fold.symbol for fold in reduction.flows]
+    return [
+        symbol if symbols.count(symbol) == 1 else f"{symbol}{symbols[:i].count(symbol) + 1}"
+        for i, symbol in enumerate(symbols)
+    ]
+
+
+def _called(plan: Plan, reduction: Reduction, names: Mapping[str, str]) -> dict[Value, str]:
+    """What the inputs that are parameters are called in the effective expression."""
+    short = [names[path] for path in reduction.tree.paths]
+    shown = dict(enumerate(short))
+    for fold, label in zip(reduction.flows, _labels(reduction), strict=True):
+        shown |= fold.shown(short, label)
+    return {v: shown[i] for i, v in enumerate(plan.body.inputs[: len(short)])}
+
+
 def counted(listed: Sequence[Row]) -> str:
     """How many leaves each rule treats."""
     of = {
-        name: sum(row.rule == rule for row in listed)
+        name: sum(
+            row.rule == rule and (rule != "fold" or row.reduced_shape is None) for row in listed
+        )
         for rule, name in (("fold", "folded away"), ("compress", "compressed"))
     }
     collapsed = sum(row.rule == "collapse" for row in listed)

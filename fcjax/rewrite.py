@@ -21,7 +21,7 @@ from fcjax.spaces import Node, Space, Spaces, find, inner_owners
 from fcjax.trace import CONSTANT, Body, Equation, Value
 from fcjax.written import Written
 
-__all__ = ["rewritten"]
+__all__ = ["replaced", "rewritten"]
 
 Owners = Mapping[Value, tuple[int, int]]
 
@@ -166,7 +166,7 @@ class _Writer:
         one = _Body(self, owners, changed)
         roots = {new[value]: one.expr(value, expr) for value, expr in network.roots.items()}
         forced = {new[v] for v, expr in network.roots.items() if roots[new[v]] is not expr}
-        equations = {e: _replaced(e, changed) for e in network.body.equations}
+        equations = {e: replaced(e, changed) for e in network.body.equations}
         nested = {}
         for i, bodies in network.nested.items():
             equation = network.body.equations[i]
@@ -183,7 +183,7 @@ class _Writer:
             roots=roots,
             boundaries=frozenset(equations[e] for e in network.boundaries),
             nested=nested,
-            forced=frozenset(forced),
+            forced=frozenset(forced | {new[v] for v in network.forced}),
         )
 
     def _reduced(self, value: Value, leaf: int, shift: int) -> Value:
@@ -277,7 +277,7 @@ def _labels(dims: tuple[tuple[Label, ...], ...]) -> Iterator[tuple[int, int, Lab
             yield axis, piece, label
 
 
-def _replaced(equation: Equation, changed: Mapping[Value, Value]) -> Equation:
+def replaced(equation: Equation, changed: Mapping[Value, Value]) -> Equation:
     """An equation that takes and makes the reduced values."""
     inputs = tuple(changed.get(a, a) if isinstance(a, Value) else a for a in equation.inputs)
     outputs = tuple(v if v is None else changed.get(v, v) for v in equation.outputs)

@@ -15,6 +15,8 @@ from fcjax import fold, lookups
 from fcjax.compress import Compression, compression
 from fcjax.equivariance import Change, Follows, Shrinks, Stays, Verdict, experiment
 from fcjax.errors import FrontContributionError
+from fcjax.flow_folds import FlowFold
+from fcjax.flow_rules import balanced, flow_folds
 from fcjax.reduction import Reduction, Tree, nothing
 from fcjax.spaces import Spaces, find
 from fcjax.subspaces import Basis, Reached, reach, span, used
@@ -27,7 +29,14 @@ Followers = dict[int, tuple[int, np.ndarray[Any, Any]]]
 
 
 def choose(
-    network: Written, tree: Tree, optimizer: Any, data: Data, example: Sequence[Any]
+    network: Written,
+    tree: Tree,
+    optimizer: Any,
+    data: Data,
+    example: Sequence[Any],
+    *,
+    flow: bool = False,
+    rebalance: bool = False,
 ) -> Reduction:
     """The largest reduction that the optimizer allows.
 
@@ -37,6 +46,8 @@ def choose(
       optimizer: the optax transformation that will train.
       data: the training inputs, by the numbers of their arguments, where these are known.
       example: the arguments the network was traced with.
+      flow: whether folds count that are exact as the learning rate goes to 0.
+      rebalance: whether chains may start from balanced parameters.
 
     Raises:
       FrontContributionError: if the initial values stand at a saddle of a hidden space, or the
@@ -45,28 +56,55 @@ def choose(
     if any(isinstance(leaf, jax.core.Tracer) for leaf in tree.leaves):
         unknown = "its initial values are not known while tracing, so all of it is trained"
         return nothing(tree, dict.fromkeys(range(len(tree.leaves)), unknown))
-    chooser = _Chooser(network, tree, optimizer)
+    given = tree
+    if rebalance:
+        tree = _rebalanced(network, tree, optimizer, data)
+    chooser = _Chooser(network, tree, optimizer, flow)
     chosen = chooser.chosen(data)
+    changed = [i for i, pair in enumerate(zip(given.leaves, tree.leaves, strict=True))
+               if pair[0] is not pair[1]]  # fmt: skip
+    notes = {i: f"{chosen.reasons[i]}; {REBALANCED}" for i in changed if i in chosen.reasons}
+    notes |= {i: REBALANCED for i in changed if i not in chosen.reasons}
+    chosen = dataclasses.replace(chosen, reasons={**chosen.reasons, **notes})
     chosen.refuse_outside(example)
     chooser.refuse_unread(chosen, example)
     return chosen
 
 
+REBALANCED = "rebalanced before training (the function is the same)"
+
+
+def _rebalanced(network: Written, tree: Tree, optimizer: Any, data: Data) -> Tree:
+    """The parameters with those chains balanced that are then folded."""
+    made = balanced(network, tree)
+    held = _Chooser(network, made, optimizer, flow=True).chosen(data).held
+    pairs = enumerate(zip(tree.leaves, made.leaves, strict=True))
+    leaves = tuple(new if i in held else old for i, (old, new) in pairs)
+    return dataclasses.replace(tree, leaves=leaves)
+
+
 class _Chooser:
     """Asks the rules for proposals and the optimizer for its verdict on them."""
 
-    def __init__(self, network: Written, tree: Tree, optimizer: Any) -> None:
+    def __init__(self, network: Written, tree: Tree, optimizer: Any, flow: bool) -> None:
         self.network = network
         self.tree = tree
         self.optimizer = optimizer
+        self.flow = flow
+        self.flows: tuple[FlowFold, ...] = ()
         self.reasons: dict[int, str] = {}
         self.deviation = 0.0
 
     def chosen(self, data: Data) -> Reduction:
-        """Both rules, or compression alone if the optimizer does not allow them together."""
+        """Both rules, or compression alone if the optimizer does not allow them together.
+
+        What is folded along gradient flow is not compressed too.
+        """
         followers = self._folds()
+        if self.flow:
+            self._propose_flows(followers)
         compressed = self._compressed(data)
-        both = Reduction(self.tree, followers, compressed, self.reasons)
+        both = Reduction(self.tree, followers, compressed, self.reasons, self.flows)
         if followers and compressed is not None:
             verdict = self._verdict(both)
             if not verdict.exact:
@@ -86,6 +124,12 @@ class _Chooser:
         return verdict
 
     # --- fold ---
+
+    def _propose_flows(self, followers: Followers) -> None:
+        taken = set(followers) | {survivor for survivor, _ in followers.values()}
+        proposals = flow_folds(self.network, self.tree, self.optimizer, taken)
+        self.flows = proposals.folds
+        self.reasons |= proposals.reasons
 
     def _folds(self) -> Followers:
         """The leaves that follow others, if the optimizer lets them."""
@@ -203,7 +247,10 @@ class _Chooser:
             parts = sorted({(taken.size(n), taken.spaces.found[n].dimension)
                             for n in taken.on(leaf).values()})  # fmt: skip
             listed = " and ".join(f"{size} of {dimension}" for size, dimension in parts)
-            self.reasons[leaf] = f"backpropagation reaches {listed} directions of its hidden space"
+            refused = f"; {self.reasons[leaf]}" if self.flow and leaf in self.reasons else ""
+            self.reasons[leaf] = (
+                f"backpropagation reaches {listed} directions of its hidden space{refused}"
+            )
 
     def _mention_doubt(self, spaces: Spaces, unsure: frozenset[int]) -> None:
         """Says where the rank depends on the tolerance; such directions are always kept."""
@@ -229,12 +276,14 @@ class _Chooser:
 
         In half precision no change of coordinates is exact enough to be told from rounding.
         """
+        in_flows = {leaf for taken in self.flows for leaf in (*taken.leaves, *taken.sources)}
         return {
             i: basis
             for i, basis in bases.items()
             if basis is not None
             and (basis.rank or i in saddles)
             and basis.rank < spaces.found[i].dimension
+            and in_flows.isdisjoint(p.leaf for p in spaces.found[i].places)
             and all(
                 self.tree.leaves[p.leaf].dtype in (np.float32, np.float64)
                 for p in spaces.found[i].places

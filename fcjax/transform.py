@@ -14,8 +14,11 @@ from jax import Array
 from fcjax import certificate, check, trace
 from fcjax import report as reporting
 from fcjax.errors import NotFoldableError
+from fcjax.flow_matrices import MatrixFold
+from fcjax.flow_rules import unasked
 from fcjax.names import path_name
 from fcjax.plan import Plan, folds_always, plan
+from fcjax.products import MatrixChain, with_products
 from fcjax.program import Program
 from fcjax.reduction import Tree, nothing
 from fcjax.report import Row
@@ -41,6 +44,7 @@ def front_contribute(
     data: Any = None,
     objective: Literal["time", "memory"] = "time",
     strict: bool = False,
+    rebalance: bool = False,
 ) -> "FrontContribution":
     r"""Traces a network and folds its non-final layers into effective weights.
 
@@ -63,14 +67,18 @@ def front_contribute(
       optimizer: the optax transformation that will train. It allows the rules that remove weights
         and are exact for this optimizer only; whether they are is tested by experiment. Without it
         all weights are trained.
-      exactness: ``"discrete"`` equals backpropagation step by step; ``"flow"`` and
-        ``"approximate"`` allow further rules, none of which exists yet.
+      exactness: ``"discrete"`` equals backpropagation step by step; ``"flow"`` also folds chains
+        whose conservation laws hold under gradient flow: over a fixed time ``learning rate *
+        steps`` the result then differs from that of SGD by a multiple of the learning rate. Needs
+        ``optimizer``. ``"approximate"`` allows further rules, none of which exists yet.
       data: the training inputs, an array for the first argument or a tuple of arrays for all of
         them: what first layers do for inputs outside their span is then not trained. Needs
         ``optimizer``.
       objective: what the planner saves: ``"time"`` of a step, or ``"memory"`` for the backward
         pass.
       strict: whether to raise unless every non-final weight is folded away.
+      rebalance: whether chains may start from balanced weights with the same function, where that
+        allows to fold them. Needs ``exactness="flow"`` and ``optimizer``.
 
     Returns:
       the folded network, see :class:`FrontContribution`.
@@ -94,11 +102,13 @@ def front_contribute(
     References:
       Mishra and Arunkumar 2021, https://arxiv.org/abs/2106.05569
     """
-    check.options(apply_fn, optimizer, exactness, objective, data)
+    check.options(apply_fn, optimizer, exactness, objective, data, rebalance)
     check.params(params)
     if not example_args:
         example_args = check.inferred_arguments(apply_fn, params)
-    fc = FrontContribution(apply_fn, params, example_args, objective, optimizer, data)
+    fc = FrontContribution(
+        apply_fn, params, example_args, objective, optimizer, data, exactness, rebalance
+    )
     if strict:
         _require_folded(fc, example_args)
     return fc
@@ -113,7 +123,7 @@ class FrontContribution:
         are trained, and None for those that are not.
       contributions: arrays that are computed before training and not trained: constants that
         ``apply_fn`` closes over, non-float parameter leaves, and what leads from the trained
-        parameters to the original ones (signs, bases, and what no basis reaches).
+        parameters to the original ones (signs, bases, what no basis reaches, constants of laws).
       objective: what the planner saves.
     """
 
@@ -125,6 +135,8 @@ class FrontContribution:
         objective: Literal["time", "memory"] = "time",
         optimizer: Any = None,
         data: Any = None,
+        exactness: Literal["discrete", "flow", "approximate"] = "discrete",
+        rebalance: bool = False,
     ) -> None:
         self.apply_fn = apply_fn
         self.objective: Literal["time", "memory"] = objective
@@ -139,7 +151,13 @@ class FrontContribution:
         check.outputs(network.body, network.known)
         if optimizer is not None:
             given = check.data(data, call.arrays)
-            self._reduction = choose(network, self._tree, optimizer, given, call.arrays)
+            self._reduction = choose(
+                network, self._tree, optimizer, given, call.arrays,
+                flow=exactness != "discrete", rebalance=rebalance,
+            )  # fmt: skip
+            self._tree = self._reduction.tree
+        elif exactness != "discrete":
+            self._reduction = nothing(self._tree, unasked(network, len(self.paths)))
         self._example = self._planned(self._written(body, call), out_structure)
         self._compiled[self._key(self._avals, call)] = self._example
         self.contributions: dict[str, Any] = {
@@ -181,7 +199,7 @@ class FrontContribution:
         self._reduction.refuse_outside(call.arrays)
         running = self._reduction.running(leaves, self.contributions)
         compiled = self._compile(running, call)
-        if compiled.plan.is_trivial:  # nothing to gain: the network runs exactly as written
+        if compiled.plan.is_trivial and not self._products:  # nothing to gain: exactly as written
             return self.apply_fn(jax.tree.unflatten(self._tree.structure, running), *args, **kwargs)
         sources = self._reduction.sources(self.contributions)
         constants = [array for _, array in compiled.body.constants]
@@ -275,12 +293,70 @@ class FrontContribution:
         self._reduction.refuse_elsewhere(leaves, reduced)
         return jax.tree.unflatten(self._tree.structure, reduced)
 
+    def check(self, params: PyTree) -> tuple[str, ...]:
+        """Whether the flow folds are still valid at some trained parameters.
+
+        Gradient flow never leaves the region where their closed forms hold; training with a
+        learning rate can. Ask this now and then, outside of ``jit``.
+
+        Args:
+          params: parameters of the structure of ``fc.params``, with known values.
+
+        Returns:
+          One sentence for each fold that is no longer valid; empty if all are.
+
+        Raises:
+          FrontContributionError: if ``params`` has another structure or shapes.
+
+        Example:
+          >>> import jax.numpy as jnp, optax, fcjax
+          >>> apply_fn = lambda p, x: x @ p[0] @ p[1]
+          >>> params = [2 * jnp.eye(2), 2 * jnp.eye(2)]
+          >>> fc = fcjax.front_contribute(
+          ...     apply_fn, params, jnp.ones((1, 2)), optimizer=optax.sgd(0.1), exactness="flow"
+          ... )
+          >>> fc.check(fc.params)
+          ()
+          >>> fc.check([None, jnp.diag(jnp.array([4.0, -1.0]))])  # doctest: +ELLIPSIS
+          ('the determinant of the product in 1 has changed its sign: ...',)
+        """
+        leaves = self._leaves(params, self.contributions["frozen"])
+        return self._reduction.broken(leaves)
+
+    def law_gradients(self, params: PyTree, gradient: PyTree) -> dict[str, Any]:
+        """By how much one step of SGD changes what each flow fold takes as conserved.
+
+        Args:
+          params: parameters of the structure of ``fc.params``.
+          gradient: the gradient of a loss by them.
+
+        Returns:
+          For each flow fold, under the name of its survivor, a scalar that times the squared
+          learning rate bounds the change; see :func:`fcjax.track_drift`.
+
+        Raises:
+          FrontContributionError: if either has another structure or shapes.
+
+        Example:
+          >>> import jax.numpy as jnp, optax, fcjax
+          >>> fc = fcjax.front_contribute(
+          ...     lambda p, x: x * p[0] * p[1], [jnp.ones(2), 2 * jnp.ones(2)], jnp.ones((1, 2)),
+          ...     optimizer=optax.sgd(0.1), exactness="flow",
+          ... )
+          >>> found = fc.law_gradients(fc.params, [None, jnp.array([3.0, -1.0])])
+          >>> {name: float(square) for name, square in found.items()}
+          {'1': 9.0}
+        """
+        frozen = self.contributions["frozen"]
+        leaves, gradients = self._leaves(params, frozen), self._leaves(gradient, frozen)
+        return self._reduction.law_gradients(leaves, gradients, self.contributions)
+
     def _leaves(self, params: PyTree, frozen: Sequence[Any]) -> list[Any]:
         """All leaves, in the shapes in which they are trained; None for those that follow."""
         check.structure(params, self._params_structure, "params")
         given = jax.tree.leaves(params)
         kept = [
-            i for i, x in enumerate(self._tree.trained) if x and i not in self._reduction.followers
+            i for i, x in enumerate(self._tree.trained) if x and i not in self._reduction.folded
         ]
         check.shapes(given, self._shapes, [self.paths[i] for i in kept])
         trained, fixed = dict(zip(kept, given, strict=True)), iter(frozen)
@@ -323,19 +399,27 @@ class FrontContribution:
         return trace.flatten(jaxpr), jax.tree.structure(shapes)
 
     def _written(self, body: Body, call: "_Call") -> Written:
-        followers = self._reduction.followers
+        followed = self._reduction.followed
         of_params = [
-            PARAM if trained and leaf not in followers else FROZEN
+            PARAM if trained and leaf not in followed else FROZEN
             for leaf, trained in enumerate(self._tree.trained)
         ]
         return written(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))])
 
     def _planned(self, network: Written, out_structure: Any) -> "_Compiled":
-        taken = self._reduction.compression
-        if taken is None:
+        taken, reduced = self._reduction.compression, network
+        if self._products:
+            reduced = with_products(reduced, self._products, self.paths)
+        if taken is not None:
+            reduced = rewritten(reduced, taken, self.paths)
+        if reduced is network:
             return _Compiled(plan(network, self.objective), out_structure)
-        reduced = rewritten(network, taken, self.paths)
         return _Compiled(plan(reduced, self.objective, network), out_structure)
+
+    @property
+    def _products(self) -> list[MatrixChain]:
+        """The chains whose factors the network is not given, only their product."""
+        return [fold.chain for fold in self._reduction.flows if isinstance(fold, MatrixFold)]
 
     # --- what was found ---
 
