@@ -17,16 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from fcjax import trace
 from fcjax.charges import Charges
 from fcjax.clusters import Clusters
+from fcjax.final import hidden_leaves
 from fcjax.names import layer_name, short_names
-from fcjax.report import trained_before_final
 from fcjax.symmetries import find
-from fcjax.trace import Body, Kind, Value
+from fcjax.trace import Body, Kind
 from fcjax.units import Place, Symmetry
 
-__all__ = ["Certificate", "LayerRank", "certificate", "hidden_leaves", "of_network"]
+__all__ = ["Certificate", "LayerRank", "certificate", "of_network"]
 
 Array = np.ndarray[Any, Any]
 LARGEST = 10_000_000
@@ -104,7 +103,7 @@ def of_network(
       paths: the names of the parameters, its first inputs.
       leaves: their values.
     """
-    hidden = hidden_leaves(body, kinds, paths)
+    hidden = hidden_leaves(body, kinds, len(paths))
     return certificate(find(body, kinds), hidden, paths, leaves)
 
 
@@ -133,25 +132,6 @@ def certificate(
     determined, size, exact = rank(hidden)
     rows = tuple(LayerRank(name, *rank(chosen)) for name, chosen in layers.items())
     return Certificate(determined, size, sum(s.laws for s in symmetries), rows, exact)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Traced:
-    """A body and what its values depend on."""
-
-    body: Body
-    known: dict[Value, Kind]
-
-
-def hidden_leaves(body: Body, kinds: Sequence[Kind], paths: Sequence[str]) -> list[int]:
-    """The numbers of the trainable parameters that stand before the final layer.
-
-    The final layer is the last product with a parameter, an elementwise one included.
-    """
-    traced = _Traced(body, trace.kinds(body, kinds))
-    numbers = {path: i for i, path in enumerate(paths)}
-    products = ("dot_general", "conv_general_dilated", "mul")
-    return [numbers[path] for path in trained_before_final(traced, paths, products)]
 
 
 # --- relations between the derivatives of laws --------------------------------------------------

@@ -88,7 +88,12 @@ def track_drift(
       >>> {name: round(float(bound), 5) for name, bound in state[0].drift.items()}
       {'1': 0.00889}
     """
-    names = list(fc.contributions.get("flows", ()))
+    names = list(fc.contributions["flows"])
+    if any(row.rule == "radial" for row in fc.report):
+        raise FrontContributionError(
+            "track_drift bounds how far backpropagation leaves a flow fold's laws; the radial "
+            "closure keeps all laws and is an approximation all the same"
+        )
     if not names:
         raise FrontContributionError(
             "track_drift needs a network with flow folds; the report says why there is none. Pass "

@@ -38,7 +38,15 @@ Fixed = Mapping[str, Array]
 
 
 class FlowFold(Protocol):
-    """What every fold offers. Sequences of arrays are of all leaves of the tree, by number."""
+    """What every fold offers. Sequences of arrays are of all leaves of the tree, by number.
+
+    Attributes:
+      rule: the rule, as the report calls it.
+      exactness: when the result is backpropagation's, likewise.
+    """
+
+    rule: str
+    exactness: str
 
     @property
     def leaves(self) -> tuple[int, ...]:
@@ -75,7 +83,7 @@ class FlowFold(Protocol):
     def lost(self, full: Leaves, back: Leaves) -> float:
         """How much of full leaves is lost when they are reduced, relative to their size."""
 
-    def broken(self, trained: Leaves, rho: float, names: Sequence[str]) -> str:
+    def broken(self, trained: Leaves, rho: float, fixed: Fixed, names: Sequence[str]) -> str:
         """Why the closed form is no longer valid; nothing if it is."""
 
     def drift(self, trained: Leaves, gradient: Leaves, rho: Array, fixed: Fixed) -> Array:
@@ -100,6 +108,8 @@ class Chained:
 
     leaves: tuple[int, ...]
     sources: tuple[int, ...] = ()
+    rule = "fold"
+    exactness = "flow"
 
     @property
     def survivor(self) -> int:
@@ -168,7 +178,7 @@ class ElementwiseFold(Chained):
             for (a, b), s in zip(pairs, sizes, strict=True)
         )
 
-    def broken(self, trained: Leaves, rho: float, names: Sequence[str]) -> str:
+    def broken(self, trained: Leaves, rho: float, fixed: Fixed, names: Sequence[str]) -> str:
         """Only numbers that are not finite break it: no folded factor can change its sign."""
         if not np.isfinite(trained[self.survivor]).all():
             return f"{names[self.survivor]} is not finite"

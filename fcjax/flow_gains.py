@@ -50,6 +50,8 @@ class GainFold:
     signs: np.ndarray
     decays: bool = False
 
+    rule = "fold"
+    exactness = "flow"
     symbol = "g"
     trained_shape = ()
 
@@ -101,7 +103,7 @@ class GainFold:
         size = np.max(np.abs(given), initial=np.finfo(given.dtype).tiny)
         return float(np.max(np.abs(given - made), initial=0.0) / size)
 
-    def broken(self, trained: Leaves, rho: float, names: Sequence[str]) -> str:
+    def broken(self, trained: Leaves, rho: float, fixed: Fixed, names: Sequence[str]) -> str:
         """Units whose gain has reached zero, or decay that has left nothing."""
         name = names[self.gain.leaf]
         squares = np.asarray(self._squares(trained, self.constants * rho**2))

@@ -103,7 +103,7 @@ class MatrixFold(Chained):
         size = max(float(np.linalg.norm(factor, 2) ** 2) for factor in given)
         return max(violation, float(np.max(np.abs(offsets - kept))) / size)
 
-    def broken(self, trained: Leaves, rho: float, names: Sequence[str]) -> str:
+    def broken(self, trained: Leaves, rho: float, fixed: Fixed, names: Sequence[str]) -> str:
         """A singular value that has come to zero, or a determinant that has changed its sign."""
         name, product = names[self.survivor], np.asarray(trained[self.survivor], np.float64)
         if not np.isfinite(product).all():

@@ -14,6 +14,7 @@ from fcjax.flow_gains import GainFold, balanced_gains, gain_folds
 from fcjax.flow_matrices import MatrixFold, resolution
 from fcjax.linearity import Flow, follows_flow
 from fcjax.products import MatrixChain, matrix_chains
+from fcjax.radial import RadialFold, radial_fold
 from fcjax.reduction import Tree
 from fcjax.written import Written
 
@@ -31,6 +32,12 @@ UNASKED = (
 )
 
 
+RADIAL_UNASKED = (
+    "could follow the final layer by an approximation, the radial closure; pass optimizer= too, to "
+    "say that weights may be removed"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Proposals:
     """The folds that are taken, and why others are not.
@@ -44,10 +51,15 @@ class Proposals:
     reasons: Mapping[int, str]
 
 
-def unasked(network: Written, count: int) -> dict[int, str]:
+def unasked(network: Written, tree: Tree, exactness: str) -> dict[int, str]:
     """The leaves that could be folded if the optimizer were known, with that reason."""
-    chains = [chain for _, chain in _chains(network, count)]
-    return dict.fromkeys((leaf for leaves in chains for leaf in leaves), UNASKED)
+    chains = [chain for _, chain in _chains(network, len(tree.paths))]
+    reasons = dict.fromkeys((leaf for leaves in chains for leaf in leaves), UNASKED)
+    if exactness == "approximate":
+        found = radial_fold(network, tree.leaves, tree.paths)
+        if isinstance(found, RadialFold):
+            reasons |= dict.fromkeys(found.folded, RADIAL_UNASKED)
+    return reasons
 
 
 def _chains(network: Written, count: int) -> list[tuple[fold.Chain | MatrixChain, tuple[int, ...]]]:

@@ -12,8 +12,9 @@ import numpy as np
 from jax import Array
 
 from fcjax import check, scaling_rules, symmetries, trace
-from fcjax.certificate import Certificate, certificate, counted, hidden_leaves
+from fcjax.certificate import Certificate, certificate, counted
 from fcjax.errors import FrontContributionError
+from fcjax.final import hidden_leaves
 from fcjax.names import layer_name, short_names
 from fcjax.reduction import Tree
 from fcjax.trace import Body, Kind
@@ -145,7 +146,7 @@ class ConservationLaws:
 
     def __init__(self, tree: Tree, body: Body, kinds: Sequence[Kind]) -> None:
         self._tree = tree
-        self._hidden = hidden_leaves(body, kinds, tree.paths)
+        self._hidden = hidden_leaves(body, kinds, len(tree.leaves))
         found = symmetries.find(body, kinds)
         starts = itertools.accumulate((s.laws for s in found), initial=0)
         names = _group_names(found, short_names(tree.paths), tree.paths)

@@ -16,6 +16,7 @@ import numpy as np
 from fcjax.compress import Compression
 from fcjax.errors import FrontContributionError
 from fcjax.flow_folds import FlowFold
+from fcjax.radial import RadialFold
 from fcjax.subspaces import made_with, outside
 from fcjax.trace import Value
 
@@ -106,7 +107,7 @@ class Reduction:
         if leaf in self.followers:
             return "fold", "sign"
         if leaf in self.flow_of:
-            return "fold", "flow"
+            return self.flow_of[leaf].rule, self.flow_of[leaf].exactness
         if self.compression is not None and leaf in self.compression.shapes:
             return "compress", self.compression.exactness
         return None
@@ -160,12 +161,27 @@ class Reduction:
         for fold in self.flows:
             yield fold, contributions["flows"][self.tree.paths[fold.leaves[-1]]]
 
-    def broken(self, leaves: Sequence[Array]) -> tuple[str, ...]:
+    def broken(self, leaves: Sequence[Array], contributions: Contributions) -> tuple[str, ...]:
         """Why flow folds are no longer valid at some trained leaves."""
         found = [
-            fold.broken(leaves, float(_rho(fold, leaves)), self.tree.paths) for fold in self.flows
+            fold.broken(leaves, float(_rho(fold, leaves)), fixed, self.tree.paths)
+            for fold, fixed in self._flows(contributions)
         ]
         return tuple(reason for reason in found if reason)
+
+    def refreshed(self, leaves: Sequence[Array]) -> dict[str, Any]:
+        """What is fixed before training for the radial closure, at other full leaves.
+
+        Raises:
+          FrontContributionError: if there is no radial closure.
+        """
+        found = [fold for fold in self.flows if isinstance(fold, RadialFold)]
+        if not found:
+            raise FrontContributionError(
+                "refresh is for the radial closure, and this network is not folded by it: pass "
+                'exactness="approximate" and optimizer=; the report says if anything is in its way'
+            )
+        return {self.tree.paths[fold.survivor]: fold.fixed_at(leaves) for fold in found}
 
     def law_gradients(
         self, leaves: Sequence[Array], gradients: Sequence[Array], contributions: Contributions

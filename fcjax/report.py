@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -13,10 +12,10 @@ from fcjax.names import short_names
 from fcjax.plan import Change, Plan
 from fcjax.reduction import Reduction
 from fcjax.render import lines
-from fcjax.trace import Body, Kind, Value, nested_bodies
+from fcjax.trace import Value
 from fcjax.written import handed_over
 
-__all__ = ["Row", "rows", "text", "trained_before_final"]
+__all__ = ["Row", "rows", "text"]
 
 
 Origins = Mapping[Value, set[str]]
@@ -69,7 +68,7 @@ def _row(leaf: int, value: Value, found: "_Findings", reduction: Reduction) -> R
     rule, exactness = reduction.rule(leaf) or (
         "collapse" if collapses else "train", "any optimizer"
     )  # fmt: skip
-    if rule == "fold" or (rule == "compress" and not collapses):
+    if rule in ("fold", "radial") or (rule == "compress" and not collapses):
         reasons = reasons[:1]
     return Row(path, shape, reduced, rule, exactness, "; ".join(reasons))
 
@@ -162,49 +161,6 @@ def _paths(expr: Expr, names: Origins) -> set[str]:
     return set().union(*(names.get(v, set()) for v in expr.leaves))
 
 
-# --- the final layer ----------------------------------------------------------------------------
-
-
-class Traced(Protocol):
-    """Anything with the equations of a network and what its values depend on."""
-
-    @property
-    def body(self) -> Body:
-        """The equations."""
-
-    @property
-    def known(self) -> dict[Value, Kind]:
-        """What each value depends on."""
-
-
-def trained_before_final(
-    plan: Traced,
-    paths: Sequence[str],
-    products: Sequence[str] = ("dot_general", "conv_general_dilated"),
-) -> list[str]:
-    """Trainable leaves that something behind them multiplies with further parameters."""
-    names = dict(zip(plan.body.inputs, paths, strict=False))
-    behind: dict[Value, set[str]] = {}
-    before: set[str] = set()
-    for equation in plan.body.equations:
-        reached = set().union(*(_names_of(v, names, plan, behind) for v in equation.values))
-        if equation.name in products or nested_bodies(equation, plan.known):
-            own = {names[v] for v in equation.values if v in names}
-            if own or any(plan.known[v].of == "param" for v in equation.values):
-                data = [v for v in equation.values if plan.known[v].of == "data"]
-                before |= set().union(*(behind.get(v, set()) for v in data))
-        behind.update({v: reached for v in equation.outputs if v is not None})
-    return [path for path in paths if path in before]
-
-
-def _names_of(
-    value: Value, names: Mapping[Value, str], plan: Traced, behind: Mapping[Value, set[str]]
-) -> set[str]:
-    if value in names and plan.known[value].trainable:
-        return {names[value]}
-    return behind.get(value, set())
-
-
 # --- printing -----------------------------------------------------------------------------------
 
 
@@ -230,7 +186,10 @@ def text(plan: Plan, reduction: Reduction) -> str:
         )
     sections = [head, ["", "effective expression", *lines(plan, called)]]
     if reduction.flows:
-        sections.append(["", "folded along gradient flow", *_flows(reduction, names)])
+        title = "folded along gradient flow"
+        if any(fold.rule == "radial" for fold in reduction.flows):
+            title = "approximated by the radial closure"
+        sections.append(["", title, *_flows(reduction, names)])
     for title, rules in (("fewer weights", ("fold", "compress")), ("left as they are", ("train",))):
         chosen = [row for row in listed if row.rule in rules and row.exactness != "flow"]
         if chosen:
@@ -239,6 +198,8 @@ def text(plan: Plan, reduction: Reduction) -> str:
 
 
 def _exact_for(reduction: Reduction) -> str:
+    if any(fold.rule == "radial" for fold in reduction.flows):
+        return "no optimizer: the radial closure is an approximation"
     if reduction.flows:
         return "this optimizer as its learning rate goes to 0"
     return "any optimizer" if reduction.is_trivial else "this optimizer"
@@ -276,9 +237,13 @@ def counted(listed: Sequence[Row]) -> str:
     """How many leaves each rule treats."""
     of = {
         name: sum(
-            row.rule == rule and (rule != "fold" or row.reduced_shape is None) for row in listed
+            row.rule == rule and (rule == "compress" or row.reduced_shape is None) for row in listed
         )
-        for rule, name in (("fold", "folded away"), ("compress", "compressed"))
+        for rule, name in (
+            ("fold", "folded away"),
+            ("compress", "compressed"),
+            ("radial", "approximated"),
+        )
     }
     collapsed = sum(row.rule == "collapse" for row in listed)
     parts = [f"{collapsed} of {len(listed)} leaves collapsed into effective weights"]

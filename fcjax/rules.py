@@ -17,6 +17,7 @@ from fcjax.equivariance import Change, Follows, Shrinks, Stays, Verdict, experim
 from fcjax.errors import FrontContributionError
 from fcjax.flow_folds import FlowFold
 from fcjax.flow_rules import balanced, flow_folds
+from fcjax.radial import RadialFold, radial_fold
 from fcjax.reduction import Reduction, Tree, nothing
 from fcjax.spaces import Spaces, find
 from fcjax.subspaces import Basis, Reached, reach, span, used
@@ -35,7 +36,7 @@ def choose(
     data: Data,
     example: Sequence[Any],
     *,
-    flow: bool = False,
+    exactness: str = "discrete",
     rebalance: bool = False,
 ) -> Reduction:
     """The largest reduction that the optimizer allows.
@@ -46,7 +47,8 @@ def choose(
       optimizer: the optax transformation that will train.
       data: the training inputs, by the numbers of their arguments, where these are known.
       example: the arguments the network was traced with.
-      flow: whether folds count that are exact as the learning rate goes to 0.
+      exactness: whether folds count that are exact as the learning rate goes to 0 ("flow"), and
+        the radial closure, which is an approximation ("approximate").
       rebalance: whether chains may start from balanced parameters.
 
     Raises:
@@ -59,7 +61,7 @@ def choose(
     given = tree
     if rebalance:
         tree = _rebalanced(network, tree, optimizer, data)
-    chooser = _Chooser(network, tree, optimizer, flow)
+    chooser = _Chooser(network, tree, optimizer, exactness)
     chosen = chooser.chosen(data)
     changed = [i for i, pair in enumerate(zip(given.leaves, tree.leaves, strict=True))
                if pair[0] is not pair[1]]  # fmt: skip
@@ -77,7 +79,7 @@ REBALANCED = "rebalanced before training (the function is the same)"
 def _rebalanced(network: Written, tree: Tree, optimizer: Any, data: Data) -> Tree:
     """The parameters with those chains balanced that are then folded."""
     made = balanced(network, tree)
-    held = _Chooser(network, made, optimizer, flow=True).chosen(data).held
+    held = _Chooser(network, made, optimizer, "flow").chosen(data).held
     pairs = enumerate(zip(tree.leaves, made.leaves, strict=True))
     leaves = tuple(new if i in held else old for i, (old, new) in pairs)
     return dataclasses.replace(tree, leaves=leaves)
@@ -86,11 +88,11 @@ def _rebalanced(network: Written, tree: Tree, optimizer: Any, data: Data) -> Tre
 class _Chooser:
     """Asks the rules for proposals and the optimizer for its verdict on them."""
 
-    def __init__(self, network: Written, tree: Tree, optimizer: Any, flow: bool) -> None:
+    def __init__(self, network: Written, tree: Tree, optimizer: Any, exactness: str) -> None:
         self.network = network
         self.tree = tree
         self.optimizer = optimizer
-        self.flow = flow
+        self.exactness = exactness
         self.flows: tuple[FlowFold, ...] = ()
         self.reasons: dict[int, str] = {}
         self.deviation = 0.0
@@ -98,10 +100,18 @@ class _Chooser:
     def chosen(self, data: Data) -> Reduction:
         """Both rules, or compression alone if the optimizer does not allow them together.
 
-        What is folded along gradient flow is not compressed too.
+        What is folded along gradient flow is not compressed too, and the radial closure leaves
+        nothing to the other rules.
         """
+        if self.exactness == "approximate":
+            radial = radial_fold(self.network, self.tree.leaves, self.tree.paths)
+            if isinstance(radial, RadialFold):
+                reasons = dict.fromkeys(radial.leaves, radial.law(self.tree.paths))
+                return Reduction(self.tree, {}, None, reasons, (radial,))
+            leaf, reason = radial
+            self.reasons[leaf] = reason
         followers = self._folds()
-        if self.flow:
+        if self.exactness != "discrete":
             self._propose_flows(followers)
         compressed = self._compressed(data)
         both = Reduction(self.tree, followers, compressed, self.reasons, self.flows)
@@ -247,9 +257,10 @@ class _Chooser:
             parts = sorted({(taken.size(n), taken.spaces.found[n].dimension)
                             for n in taken.on(leaf).values()})  # fmt: skip
             listed = " and ".join(f"{size} of {dimension}" for size, dimension in parts)
-            refused = f"; {self.reasons[leaf]}" if self.flow and leaf in self.reasons else ""
+            refused = self.reasons.get(leaf) if self.exactness != "discrete" else None
             self.reasons[leaf] = (
-                f"backpropagation reaches {listed} directions of its hidden space{refused}"
+                f"backpropagation reaches {listed} directions of its hidden space"
+                f"{f'; {refused}' if refused else ''}"
             )
 
     def _mention_doubt(self, spaces: Spaces, unsure: frozenset[int]) -> None:

@@ -14,6 +14,7 @@ from jax import Array
 from fcjax import certificate, check, trace
 from fcjax import report as reporting
 from fcjax.errors import NotFoldableError
+from fcjax.final import before_final
 from fcjax.flow_matrices import MatrixFold
 from fcjax.flow_rules import unasked
 from fcjax.names import path_name
@@ -70,7 +71,9 @@ def front_contribute(
       exactness: ``"discrete"`` equals backpropagation step by step; ``"flow"`` also folds chains
         whose conservation laws hold under gradient flow: over a fixed time ``learning rate *
         steps`` the result then differs from that of SGD by a multiple of the learning rate. Needs
-        ``optimizer``. ``"approximate"`` allows further rules, none of which exists yet.
+        ``optimizer``. ``"approximate"`` also trains the final layer alone where all hidden units
+        are homogeneous: the radial closure (``radial.py``), which is not backpropagation. Needs
+        ``optimizer`` too.
       data: the training inputs, an array for the first argument or a tuple of arrays for all of
         them: what first layers do for inputs outside their span is then not trained. Needs
         ``optimizer``.
@@ -153,12 +156,12 @@ class FrontContribution:
             given = check.data(data, call.arrays)
             self._reduction = choose(
                 network, self._tree, optimizer, given, call.arrays,
-                flow=exactness != "discrete", rebalance=rebalance,
+                exactness=exactness, rebalance=rebalance,
             )  # fmt: skip
             self._tree = self._reduction.tree
         elif exactness != "discrete":
-            self._reduction = nothing(self._tree, unasked(network, len(self.paths)))
-        self._example = self._planned(self._written(body, call), out_structure)
+            self._reduction = nothing(self._tree, unasked(network, self._tree, exactness))
+        self._example = self._planned(self._written(body, call), out_structure, network)
         self._compiled[self._key(self._avals, call)] = self._example
         self.contributions: dict[str, Any] = {
             "constants": tuple(array for _, array in body.constants),
@@ -244,11 +247,12 @@ class FrontContribution:
 
     # --- between the reduced and the full parameters ---
 
-    def expand(self, params: PyTree) -> PyTree:
+    def expand(self, params: PyTree, contributions: dict[str, Any] | None = None) -> PyTree:
         """The full parameters: the original structure, shapes and dtypes.
 
         Args:
           params: parameters of the structure of ``fc.params``.
+          contributions: those of ``fc.refresh``; ``fc.contributions`` by default.
 
         Returns:
           a pytree for ``apply_fn``.
@@ -263,8 +267,9 @@ class FrontContribution:
           >>> fc.params["count"] is None, int(fc.expand(fc.params)["count"])
           (True, 3)
         """
-        leaves = self._leaves(params, self.contributions["frozen"])
-        full = self._reduction.expand(leaves, self.contributions)
+        contributions = self.contributions if contributions is None else contributions
+        leaves = self._leaves(params, contributions["frozen"])
+        full = self._reduction.expand(leaves, contributions)
         return jax.tree.unflatten(self._tree.structure, full)
 
     def reduce(self, full_params: PyTree) -> PyTree:
@@ -286,14 +291,12 @@ class FrontContribution:
           >>> fc.reduce(5 * jnp.eye(2)).shape
           (2, 2)
         """
-        check.structure(full_params, self._tree.structure, "full parameters")
-        leaves = jax.tree.leaves(full_params)
-        check.shapes(leaves, [a.shape for a in self._avals], self.paths)
+        leaves = self._full_leaves(full_params)
         reduced = self._reduction.reduce(leaves, self.contributions)
         self._reduction.refuse_elsewhere(leaves, reduced)
         return jax.tree.unflatten(self._tree.structure, reduced)
 
-    def check(self, params: PyTree) -> tuple[str, ...]:
+    def check(self, params: PyTree, contributions: dict[str, Any] | None = None) -> tuple[str, ...]:
         """Whether the flow folds are still valid at some trained parameters.
 
         Gradient flow never leaves the region where their closed forms hold; training with a
@@ -301,9 +304,10 @@ class FrontContribution:
 
         Args:
           params: parameters of the structure of ``fc.params``, with known values.
+          contributions: those of ``fc.refresh``; ``fc.contributions`` by default.
 
         Returns:
-          One sentence for each fold that is no longer valid; empty if all are.
+          One sentence for each flow fold or closure that is no longer valid; empty if all are.
 
         Raises:
           FrontContributionError: if ``params`` has another structure or shapes.
@@ -320,8 +324,44 @@ class FrontContribution:
           >>> fc.check([None, jnp.diag(jnp.array([4.0, -1.0]))])  # doctest: +ELLIPSIS
           ('the determinant of the product in 1 has changed its sign: ...',)
         """
-        leaves = self._leaves(params, self.contributions["frozen"])
-        return self._reduction.broken(leaves)
+        contributions = self.contributions if contributions is None else contributions
+        leaves = self._leaves(params, contributions["frozen"])
+        return self._reduction.broken(leaves, contributions)
+
+    def refresh(self, full_params: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """Begins the radial closure anew, at weights that backpropagation has moved.
+
+        A pure function, which may be jitted. Between two of its calls the directions of hidden
+        weights stay; one ordinary step every K steps, and this after it, turn them too.
+
+        Args:
+          full_params: parameters of the original structure.
+
+        Returns:
+          parameters of the structure of ``fc.params``, and contributions for ``fc.apply_with`` and
+          ``fc.expand``.
+
+        Raises:
+          FrontContributionError: if ``full_params`` has another structure or shapes, or if the
+            network is not folded by the radial closure.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, optax, fcjax
+          >>> net = lambda p, x: jax.nn.relu(x @ p[0]) @ p[1]
+          >>> fc = fcjax.front_contribute(
+          ...     net, [jnp.eye(2), jnp.ones((2, 1))], jnp.ones((1, 2)),
+          ...     optimizer=optax.sgd(0.1), exactness="approximate",
+          ... )
+          >>> params, contributions = fc.refresh([2 * jnp.eye(2), jnp.ones((2, 1))])
+          >>> fc.apply_with(params, contributions, jnp.ones((1, 2))).tolist()
+          [[4.0]]
+        """
+        leaves = self._full_leaves(full_params)
+        flows = self._reduction.refreshed(leaves)
+        frozen = [x for x, t in zip(leaves, self._tree.trained, strict=True) if not t]
+        contributions = {**self.contributions, "flows": flows, "frozen": tuple(frozen)}
+        reduced = self._reduction.reduce(leaves, contributions)
+        return jax.tree.unflatten(self._tree.structure, reduced), contributions
 
     def law_gradients(self, params: PyTree, gradient: PyTree) -> dict[str, Any]:
         """By how much one step of SGD changes what each flow fold takes as conserved.
@@ -350,6 +390,12 @@ class FrontContribution:
         frozen = self.contributions["frozen"]
         leaves, gradients = self._leaves(params, frozen), self._leaves(gradient, frozen)
         return self._reduction.law_gradients(leaves, gradients, self.contributions)
+
+    def _full_leaves(self, full_params: PyTree) -> list[Any]:
+        check.structure(full_params, self._tree.structure, "full parameters")
+        leaves = jax.tree.leaves(full_params)
+        check.shapes(leaves, [a.shape for a in self._avals], self.paths)
+        return leaves
 
     def _leaves(self, params: PyTree, frozen: Sequence[Any]) -> list[Any]:
         """All leaves, in the shapes in which they are trained; None for those that follow."""
@@ -406,15 +452,18 @@ class FrontContribution:
         ]
         return written(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))])
 
-    def _planned(self, network: Written, out_structure: Any) -> "_Compiled":
+    def _planned(
+        self, network: Written, out_structure: Any, original: Written | None = None
+    ) -> "_Compiled":
+        """The plan; what ``original`` costs, the network by default, is its price as written."""
         taken, reduced = self._reduction.compression, network
         if self._products:
             reduced = with_products(reduced, self._products, self.paths)
         if taken is not None:
             reduced = rewritten(reduced, taken, self.paths)
-        if reduced is network:
+        if self._reduction.is_trivial:
             return _Compiled(plan(network, self.objective), out_structure)
-        return _Compiled(plan(reduced, self.objective, network), out_structure)
+        return _Compiled(plan(reduced, self.objective, original or network), out_structure)
 
     @property
     def _products(self) -> list[MatrixChain]:
@@ -510,7 +559,7 @@ def _tree(params: PyTree) -> Tree:
 
 
 def _require_folded(fc: FrontContribution, example_args: tuple[Any, ...]) -> None:
-    left = reporting.trained_before_final(fc.plan, fc.paths)
+    left = [fc.paths[i] for i in before_final(fc.plan.body, fc.plan.known, len(fc.paths))]
     if left:
         call = _Call.of(example_args, {})
         body, _ = fc._trace(fc._avals, call)
