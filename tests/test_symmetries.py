@@ -148,6 +148,20 @@ def test_scaling_the_units_leaves_the_output(name):
         np.testing.assert_allclose(after, before, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(len(law_networks.BUILDERS)))
+def test_calls_and_batching_change_nothing(seed):
+    """The same symmetries under jit and remat, and for examples that vmap batches."""
+    apply_fn, params, args, count = law_networks.build(seed)
+    plain = described(apply_fn, params, *args)
+    called = jax.jit(lambda p, *a: jax.checkpoint(jax.jit(apply_fn))(p, *a))
+    assert described(called, params, *args) == plain
+
+    def batched(p, *args):
+        return jax.vmap(lambda *one: apply_fn(p, *(a[None] for a in one)))(*args)
+
+    assert sum(s.laws for s in found(batched, params, *args)) == count
+
+
 # --- what is found ------------------------------------------------------------------------------
 
 
