@@ -11,7 +11,7 @@ out one after another; what is left is solved as a graph, or numerically while i
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -184,7 +184,7 @@ class _Relations:
 
     def _drop_independent(self) -> bool:
         """Takes out groups that cannot take part in any relation."""
-        kept = [s for s in self.left if self._room(s, self._own(s)) > 0]
+        kept = [s for s in self.left if self._room(s, self._own(s)) > 0 and not self._is_split(s)]
         dropped = len(kept) < len(self.left)
         self.left = kept
         return dropped
@@ -196,6 +196,29 @@ class _Relations:
             return int(np.sum(~np.any(blocks != 0, axis=-1)))
         free = [block.shape[0] - _rank(block) for block in blocks]
         return sum(n * (n + 1) // 2 for n in free)
+
+    def _is_split(self, symmetry: Symmetry) -> bool:
+        """Whether a matrix to the next mixing group and the group's own weights admit no relation.
+
+        A relation is a pair of symmetric matrices with S W = W T. If the singular values of W
+        differ, S is diagonal in its left singular vectors, but for its left null space. Where no
+        singular vector, and no vector of the null space, is orthogonal to all own weights, S is 0.
+        """
+        own = self._own(symmetry)
+        if not symmetry.mixed or not own or symmetry.mixing[0] > 1:
+            return False
+        (rows,) = symmetry.blocks([place.rows(self.arrays[place.leaf]) for place in own])
+        return any(_splits(matrix, rows) for matrix in self._to_others(symmetry))
+
+    def _to_others(self, symmetry: Symmetry) -> Iterator[Array]:
+        """The weights between this and one other mixing group, this group's units first."""
+        for place in self._places(symmetry):
+            shared = [s for s in self.left for p in self._places(s) if p.leaf == place.leaf]
+            array = self.arrays[place.leaf]
+            others = [s for s in shared if s is not symmetry and s.mixed]
+            sizes = math.prod(symmetry.units) * math.prod(others[0].units) if others else 0
+            if len(shared) == 2 and array.size == sizes and others[0].mixing[0] == 1:
+                yield symmetry.blocks([place.rows(array)])[0]
 
     def _coupled(self) -> list[list[Symmetry]]:
         """The groups that are left, by the parameters that connect them."""
@@ -264,6 +287,18 @@ def _differentiate(
             derivatives[law, at[i]] += float(place.charge) * own[j]
             derivatives[law, at[j]] += float(place.charge) * own[i]
             law += 1
+
+
+def _splits(matrix: Array, rows: Array) -> bool:
+    """See ``_Relations._is_split``; both have one row for each unit."""
+    left, values, _ = np.linalg.svd(matrix)
+    values = values[values > TOLERANCE * values[0]]
+    distinct = np.all(-np.diff(values) > TOLERANCE * values[0])
+    met = left.T @ rows
+    each = np.linalg.norm(met[: len(values)], axis=1)
+    null = met[len(values) :]
+    norm = np.linalg.norm(rows)
+    return bool(distinct and np.all(each > TOLERANCE * norm) and _rank(null) == len(null))
 
 
 def _rank(matrix: Array) -> int:
