@@ -56,6 +56,9 @@ class LayerRank:
 class Certificate:
     """How many hidden weights the conservation laws and the final layer determine.
 
+    To first order: at degenerate points, such as exactly balanced initial values, more can be
+    determined than the rank shows.
+
     Attributes:
       determined: the rank of the laws' derivatives with respect to the hidden weights.
       hidden: the number of hidden weights: all that stand before the final layer.
@@ -66,7 +69,7 @@ class Certificate:
     Example:
       >>> print(Certificate(4, 8, 4, ()))
       4 of 8 hidden degrees of freedom are determined by the 4 conservation laws and the final \
-layer: hidden weights are no function of the final layer
+layer; the laws leave 4 free
     """
 
     determined: int
@@ -78,14 +81,16 @@ layer: hidden weights are no function of the final layer
     def __str__(self) -> str:
         if not self.hidden:
             return "no weights stand before the final layer"
-        if self.determined == self.hidden and self.exact:
-            meaning = "near these values, hidden weights are a function of the final layer"
-        else:
-            meaning = "hidden weights are no function of the final layer"
         return (
             f"{counted(self.determined, self.hidden, self.exact)} hidden degrees of freedom are "
-            f"determined by the {self.laws:,} conservation laws and the final layer: {meaning}"
+            f"determined by the {self.laws:,} conservation laws and the final layer{self._rest()}"
         )
+
+    def _rest(self) -> str:
+        free = self.hidden - self.determined
+        if free:
+            return f"; the laws leave {'' if self.exact else 'at least '}{free:,} free"
+        return ": near these values hidden weights are its function" if self.exact else ""
 
 
 def counted(determined: int, size: int, exact: bool) -> str:

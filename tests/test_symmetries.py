@@ -110,8 +110,8 @@ def check_conserved(apply_fn, params, *args):
     leaves, structure = jax.tree.flatten(params)
     loss = law_networks.scalar_loss(apply_fn, args)
     gradient = jax.tree.leaves(jax.grad(loss)(jax.tree.unflatten(structure, leaves)))
-    size = max(float(jnp.abs(g).max()) for g in gradient)
-    if not np.isfinite(size):  # a power of a power
+    size = float(np.max([jnp.abs(g).max() for g in gradient]))
+    if not np.isfinite(size):  # a power of a power, or nothing divided by its norm
         return 0
     for symmetry in symmetries:
         _, flow = jax.jvp(lambda w: quadratic(symmetry, w), (leaves,), (gradient,))  # noqa: B023
