@@ -11,7 +11,7 @@ out one after another; what is left is solved as a graph, or numerically while i
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -55,6 +55,9 @@ class LayerRank:
 class Certificate:
     """How many hidden weights the conservation laws and the final layer determine.
 
+    To first order: at degenerate points, such as exactly balanced initial values, more can be
+    determined than the rank shows.
+
     Attributes:
       determined: the rank of the laws' derivatives with respect to the hidden weights.
       hidden: the number of hidden weights: all that stand before the final layer.
@@ -65,7 +68,7 @@ class Certificate:
     Example:
       >>> print(Certificate(4, 8, 4, ()))
       4 of 8 hidden degrees of freedom are determined by the 4 conservation laws and the final \
-layer: hidden weights are no function of the final layer
+layer; the laws leave 4 free
     """
 
     determined: int
@@ -77,14 +80,16 @@ layer: hidden weights are no function of the final layer
     def __str__(self) -> str:
         if not self.hidden:
             return "no weights stand before the final layer"
-        if self.determined == self.hidden and self.exact:
-            meaning = "near these values, hidden weights are a function of the final layer"
-        else:
-            meaning = "hidden weights are no function of the final layer"
         return (
             f"{counted(self.determined, self.hidden, self.exact)} hidden degrees of freedom are "
-            f"determined by the {self.laws:,} conservation laws and the final layer: {meaning}"
+            f"determined by the {self.laws:,} conservation laws and the final layer{self._rest()}"
         )
+
+    def _rest(self) -> str:
+        free = self.hidden - self.determined
+        if free:
+            return f"; the laws leave {'' if self.exact else 'at least '}{free:,} free"
+        return ": near these values hidden weights are its function" if self.exact else ""
 
 
 def counted(determined: int, size: int, exact: bool) -> str:
@@ -164,7 +169,7 @@ class _Relations:
 
     def _drop_independent(self) -> bool:
         """Takes out groups that cannot take part in any relation."""
-        kept = [s for s in self.left if self._room(s, self._own(s)) > 0]
+        kept = [s for s in self.left if self._room(s, self._own(s)) > 0 and not self._is_split(s)]
         dropped = len(kept) < len(self.left)
         self.left = kept
         return dropped
@@ -176,6 +181,29 @@ class _Relations:
             return int(np.sum(~np.any(blocks != 0, axis=-1)))
         free = [block.shape[0] - _rank(block) for block in blocks]
         return sum(n * (n + 1) // 2 for n in free)
+
+    def _is_split(self, symmetry: Symmetry) -> bool:
+        """Whether a matrix to the next mixing group and the group's own weights admit no relation.
+
+        A relation is a pair of symmetric matrices with S W = W T. If the singular values of W
+        differ, S is diagonal in its left singular vectors, but for its left null space. Where no
+        singular vector, and no vector of the null space, is orthogonal to all own weights, S is 0.
+        """
+        own = self._own(symmetry)
+        if not symmetry.mixed or not own or symmetry.mixing[0] > 1:
+            return False
+        (rows,) = symmetry.blocks([place.rows(self.arrays[place.leaf]) for place in own])
+        return any(_splits(matrix, rows) for matrix in self._to_others(symmetry))
+
+    def _to_others(self, symmetry: Symmetry) -> Iterator[Array]:
+        """The weights between this and one other mixing group, this group's units first."""
+        for place in self._places(symmetry):
+            shared = [s for s in self.left for p in self._places(s) if p.leaf == place.leaf]
+            array = self.arrays[place.leaf]
+            others = [s for s in shared if s is not symmetry and s.mixed]
+            sizes = math.prod(symmetry.units) * math.prod(others[0].units) if others else 0
+            if len(shared) == 2 and array.size == sizes and others[0].mixing[0] == 1:
+                yield symmetry.blocks([place.rows(array)])[0]
 
     def _coupled(self) -> list[list[Symmetry]]:
         """The groups that are left, by the parameters that connect them."""
@@ -244,6 +272,18 @@ def _differentiate(
             derivatives[law, at[i]] += float(place.charge) * own[j]
             derivatives[law, at[j]] += float(place.charge) * own[i]
             law += 1
+
+
+def _splits(matrix: Array, rows: Array) -> bool:
+    """See ``_Relations._is_split``; both have one row for each unit."""
+    left, values, _ = np.linalg.svd(matrix)
+    values = values[values > TOLERANCE * values[0]]
+    distinct = np.all(-np.diff(values) > TOLERANCE * values[0])
+    met = left.T @ rows
+    each = np.linalg.norm(met[: len(values)], axis=1)
+    null = met[len(values) :]
+    norm = np.linalg.norm(rows)
+    return bool(distinct and np.all(each > TOLERANCE * norm) and _rank(null) == len(null))
 
 
 def _rank(matrix: Array) -> int:

@@ -114,6 +114,7 @@ class Reading:
       zeros: arrays known to be zero, which scale by anything.
       level: axes along which an array is known to be constant.
       data: arrays that depend on data.
+      names: values that are others, handed to or from a call.
       boundaries: the operations about which nothing is known, in order.
     """
 
@@ -122,6 +123,7 @@ class Reading:
         self.steps: list[Step] = []
         self.zeros: set[Value] = set()
         self.level: set[Axis] = set()
+        self.names: dict[Value, Atom] = {}
         self.boundaries: dict[str, None] = {}
 
     def start(self) -> None:
@@ -130,30 +132,32 @@ class Reading:
 
     def apply(self, equation: Equation) -> None:
         """Reads one equation, or those of the function it calls."""
+        equation = dataclasses.replace(equation, inputs=tuple(map(self.named, equation.inputs)))
+        self.start()
         if equation.name in CALLS:
             self._call(equation)
             return
-        self.start()
-        floats = [a for a in (*equation.values, *equation.outputs) if a is not None]
+        floats = [v for v in (*equation.values, *equation.outputs) if v is not None]
         if not self.data.isdisjoint(equation.values):
             self.data.update(v for v in equation.outputs if v is not None)
         if any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in floats):
             RULES.get(equation.name, boundary)(self, equation)
 
+    def named(self, atom: Atom) -> Atom:
+        """What a value is called outside of the calls that hand it on."""
+        return self.names.get(atom, atom) if isinstance(atom, Value) else atom
+
     def _call(self, equation: Equation) -> None:
         """Reads the body of a call; what goes in and comes out is the same inside and outside."""
         params = equation.source.params
         inner = trace.flatten(params.get("jaxpr") or params["call_jaxpr"])
-        self.start()
         self.constants(inner)
-        for outside, inside in zip(equation.inputs, inner.inputs, strict=True):
-            self._hand_over(outside, inside)
+        self.names |= zip(inner.inputs, equation.inputs, strict=True)
         for each in needed(inner, [a for a in inner.outputs if isinstance(a, Value)]):
             self.apply(each)
-        self.start()
-        for inside_atom, made in zip(inner.outputs, equation.outputs, strict=True):
+        for atom, made in zip(inner.outputs, equation.outputs, strict=True):
             if made is not None:
-                self._hand_over(inside_atom, made)
+                self.names[made] = self.named(atom)
 
     def constants(self, body: Body) -> None:
         """Arrays that a function closes over do not scale, unless they are zero."""
@@ -162,19 +166,6 @@ class Reading:
             is_known = not isinstance(array, jax.core.Tracer)
             if is_known and jnp.issubdtype(value.aval.dtype, jnp.inexact) and not np.any(array):
                 self.zeros.add(value)
-
-    def _hand_over(self, given: Atom, taken: Value) -> None:
-        if given in self.data:
-            self.data.add(taken)
-        if self.is_zero(given):
-            self.zeros.add(taken)
-        elif isinstance(given, Value):
-            for axis in range(len(taken.shape)):
-                self.same((taken, axis), (given, axis))
-                if (given, axis) in self.level:
-                    self.level.add((taken, axis))
-        else:
-            self.zero_all(taken)
 
     # --- facts ---
 

@@ -33,10 +33,11 @@ def read(body: Body, fixed: Iterable[Value], data: Iterable[Value]) -> Reading:
         reading.zero_all(value)
     reading.constants(body)
     results = [a for a in body.outputs if isinstance(a, Value)]
-    for value in results:
-        reading.zero_all(value)
     for equation in needed(body, results):
         reading.apply(equation)
+    reading.start()
+    for value in results:
+        reading.zero_all(reading.named(value))
     return reading
 
 

@@ -167,28 +167,25 @@ class _Search:
 
     def _match(self, axis: Axis, parts: Sequence[Axis | int]) -> None:
         """The dims of an axis are those of its parts in turn; else none of them may scale."""
-        whole = self._numbers(axis)
-        own = [self.dims.find(leaf) for leaf in self.dims.leaves(self._dim(axis))]
-        named = [(part, self._numbers(part)) for part in parts if not isinstance(part, int)]
-        rest: list[tuple[int, int]] = []
-        position, fits = 0, not self.dims.is_opaque(self._dim(axis))
+        left = list(zip(self._numbers(axis), self.dims.leaves(self._dim(axis)), strict=True))
+        pairs: list[tuple[int, int]] = []
+        fits = not self.dims.is_opaque(self._dim(axis))
         for part in parts:
-            size = part if isinstance(part, int) else 0
             if isinstance(part, int):
-                while size > 0 and position < len(own):
-                    size -= own[position].size
-                    position += 1
-                fits &= size == 0
+                while part > 0 and left:
+                    part -= left.pop(0)[1].size
+                fits &= part == 0
                 continue
             leaves = self.dims.leaves(self._dim(part))
-            fits &= own[position : position + len(leaves)] == leaves
-            rest += zip(whole[position:], self._numbers(part), strict=False)
-            position += len(leaves)
-        if fits and position == len(own):
-            for pair in rest:
+            taken, left = left[: len(leaves)], left[len(leaves) :]
+            fits &= [leaf for _, leaf in taken] == leaves
+            pairs += zip((number for number, _ in taken), self._numbers(part), strict=False)
+        if fits and not left:
+            for pair in pairs:
                 self._relate(pair, (Fraction(1), Fraction(-1)), True)
-        else:
-            for number in (*whole, *(n for _, numbers in named for n in numbers)):
+            return
+        for each in (axis, *(part for part in parts if not isinstance(part, int))):
+            for number in self._numbers(each):
                 self.charges.pin(number)
 
     # --- symmetries ---
@@ -211,20 +208,19 @@ class _Search:
         parameters = [n for n in solution if self.nodes[n][0] in self.leaves]
         parameters.sort(key=lambda n: (order[self.nodes[n][0]], n))
         lead = next((n for n in parameters if solution[n] > 0), parameters[0])
-        charges = {n: solution[n] / abs(solution[lead]) for n in parameters}
-        mixing = all(
-            abs(q) == abs(solution[lead]) and n not in self.weak for n, q in solution.items()
+        unit = abs(solution[lead])
+        mixing = self._size(lead) > 1 and all(
+            abs(charge) == unit and n not in self.weak for n, charge in solution.items()
         )
-        companions = self._companions(solution)
-        beside = {n: tuple(c[n] for c in companions) for n in parameters}
-        first = parameters[0]
-        mixing &= self._size(first) > 1
-        where = {n: self.nodes[n][1:] for n in (first, *beside[first])}
-        columns = [[c[n] for n in parameters] for c in companions]
-        columns.sort(key=lambda column: where[column[0]])
-        columns.append(parameters)
+
+        def place(column: Sequence[int]) -> tuple[int, int]:
+            return self.nodes[column[0]][1:]
+
+        columns = [[c[n] for n in parameters] for c in self._companions(solution)]
+        columns = [*sorted(columns, key=place), parameters]
         if not mixing:
-            columns.sort(key=lambda column: where[column[0]])
+            columns.sort(key=place)
+        charges = {n: solution[n] / unit for n in parameters}
         return _Group(charges, tuple(zip(*columns, strict=True)), int(mixing))
 
     def _independent(self, groups: Sequence["_Group"]) -> list["_Group"]:
@@ -244,6 +240,9 @@ class _Search:
 
     def _sums_to(self, finer: "_Group", group: "_Group") -> bool:
         """Whether a group of more units gives another one where it is summed over some of them."""
+        arrays = [{self.nodes[n][0] for n in each.charges} for each in (finer, group)]
+        if arrays[0] != arrays[1]:
+            return False
         met = []
         for charge, axes in zip(group.charges.values(), group.axes, strict=True):
             parts = [

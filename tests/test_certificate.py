@@ -56,7 +56,8 @@ def test_table_of_the_theory(sizes, act, expected):
         assert words.startswith(
             f"{determined} of {hidden} hidden degrees of freedom are determined"
         )
-        assert ("are no function" in words) == (determined < hidden)
+        rest = f"; the laws leave {hidden - determined} free"
+        assert words.endswith(rest if determined < hidden else "hidden weights are its function")
     else:
         assert words == "no weights stand before the final layer"
 
@@ -145,28 +146,63 @@ def test_wide_relu_network_takes_no_time():
     assert "256 of 200,704 hidden degrees of freedom" in str(laws)
 
 
-def test_wide_linear_network_is_known_or_bounded():
-    """A rank that would need a huge matrix is exact where layers drop out, else a bound."""
+def test_wide_linear_networks_are_known():
+    """Layers drop out one after another, whether they are narrower or wider than those before."""
     rng = np.random.default_rng(0)
-    shrinking = fcjax.conservation_laws(*dense(rng, (80, 70, 60, 2), [ACTS["linear"]] * 2))
-    found = shrinking.certificate()
-    assert (found.determined, found.exact) == (70 * 71 // 2 + 60 * 61 // 2, True)
-    growing = fcjax.conservation_laws(*dense(rng, (2, 70, 70, 2), [ACTS["linear"]] * 2))
-    bounded = growing.certificate()
-    assert not bounded.exact
-    assert "at most" in str(bounded)
+    for sizes in ((80, 70, 60, 2), (2, 70, 75, 68, 2)):
+        network = dense(rng, sizes, [ACTS["linear"]] * (len(sizes) - 2))
+        found = fcjax.conservation_laws(*network).certificate()
+        laws = sum(n * (n + 1) // 2 for n in sizes[1:-1])
+        assert (found.determined, found.exact) == (min(laws, found.hidden), True)
 
 
-def test_a_bound_is_one(monkeypatch):
-    """Where the relations are not solved, what is claimed is no less than the rank."""
-    network = dense(np.random.default_rng(0), (2, 5, 4, 3, 1), [ACTS["linear"]] * 3)
-    laws = fcjax.conservation_laws(*network)
-    exactly = laws.certificate()
+VALUES = {
+    "as they are": lambda w: w,
+    "rounded": np.round,
+    "of rank one": lambda w: np.linalg.svd(w)[0][:, :1] * w[:1],
+    "orthogonal": lambda w: np.linalg.multi_dot(np.linalg.svd(w, full_matrices=False)[::2]),
+}
+
+
+@pytest.mark.parametrize("sizes", [(2, 5, 4, 3, 1), (1, 3, 6, 2), (3, 4, 4, 2), (2, 6, 5, 5, 1)])
+@pytest.mark.parametrize("values", VALUES)
+def test_without_the_matrix_of_derivatives(sizes, values, monkeypatch):
+    """What is found layer by layer is the rank, or a bound; also for singular and equal values."""
+    apply_fn, params, x = dense(
+        np.random.default_rng(0), sizes, [ACTS["linear"]] * (len(sizes) - 2)
+    )
+    params = jax.tree.map(lambda w: jnp.asarray(VALUES[values](np.asarray(w))), params)
+    laws = fcjax.conservation_laws(apply_fn, params, x)
+    expected = brute_force(laws, params)
+    assert laws.certificate().exact
+    assert laws.rank()[0] == expected
+    monkeypatch.setattr(certificate, "LARGEST", 0)
+    without = laws.certificate()
+    assert without.determined == expected if without.exact else without.determined >= expected
+    if values == "as they are":
+        assert without.exact
+
+
+def test_a_bound_says_so(monkeypatch):
+    """Convolutions one after another, of whose relations only a bound is known."""
+    rng = np.random.default_rng(0)
+    params = [law_networks.normal(rng, 1, 1, a, b) for a, b in ((2, 5), (5, 4), (4, 2))]
+    params[1] = law_networks.normal(rng, 3, 3, 5, 4)
+
+    def apply(p, x):
+        for kernel in p:
+            x = jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        return x
+
+    laws = fcjax.conservation_laws(apply, params, jnp.ones((1, 4, 4, 2)))
+    assert laws.certificate().exact
     monkeypatch.setattr(certificate, "LARGEST", 0)
     bounded = laws.certificate()
-    assert exactly.exact
     assert not bounded.exact
-    assert bounded.determined >= exactly.determined == brute_force(laws, network[1])
+    assert bounded.determined >= brute_force(laws, params)
+    assert str(bounded).startswith("at most 25 of 190 hidden degrees of freedom")
 
 
 def test_strict_raises_with_the_certificate():

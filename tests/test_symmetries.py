@@ -110,8 +110,8 @@ def check_conserved(apply_fn, params, *args):
     leaves, structure = jax.tree.flatten(params)
     loss = law_networks.scalar_loss(apply_fn, args)
     gradient = jax.tree.leaves(jax.grad(loss)(jax.tree.unflatten(structure, leaves)))
-    size = max(float(jnp.abs(g).max()) for g in gradient)
-    if not np.isfinite(size):  # a power of a power
+    size = float(np.max([jnp.abs(g).max() for g in gradient]))
+    if not np.isfinite(size):  # a power of a power, or nothing divided by its norm
         return 0
     for symmetry in symmetries:
         _, flow = jax.jvp(lambda w: quadratic(symmetry, w), (leaves,), (gradient,))  # noqa: B023
@@ -146,6 +146,20 @@ def test_scaling_the_units_leaves_the_output(name):
             scaled[place.leaf] = place.scaled(scaled[place.leaf], power)
         after = apply_fn(jax.tree.unflatten(structure, scaled), *args)
         np.testing.assert_allclose(after, before, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(len(law_networks.BUILDERS)))
+def test_calls_and_batching_change_nothing(seed):
+    """The same symmetries under jit and remat, and for examples that vmap batches."""
+    apply_fn, params, args, count = law_networks.build(seed)
+    plain = described(apply_fn, params, *args)
+    called = jax.jit(lambda p, *a: jax.checkpoint(jax.jit(apply_fn))(p, *a))
+    assert described(called, params, *args) == plain
+
+    def batched(p, *args):
+        return jax.vmap(lambda *one: apply_fn(p, *(a[None] for a in one)))(*args)
+
+    assert sum(s.laws for s in found(batched, params, *args)) == count
 
 
 # --- what is found ------------------------------------------------------------------------------
