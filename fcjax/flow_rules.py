@@ -158,7 +158,9 @@ def _elementwise(
     return ElementwiseFold(leaves, constants, signs)
 
 
-def _matrix(chain: MatrixChain, arrays: Sequence[np.ndarray], names: Sequence[str]) -> Fold | str:
+def _matrix(
+    chain: MatrixChain, arrays: Sequence[np.ndarray], names: Sequence[str]
+) -> MatrixFold | str:
     upright = [a.T if t else a for a, t in zip(arrays, chain.turned, strict=True)]
     widths = (upright[0].shape[0], *(a.shape[1] for a in upright))
     shape, rank, dtype = (widths[0], widths[-1]), min(widths), arrays[0].dtype
@@ -173,28 +175,35 @@ def _matrix(chain: MatrixChain, arrays: Sequence[np.ndarray], names: Sequence[st
             f"largest, below the {resolution(dtype):.1g} that {dtype.name} resolves; initialise "
             "the chain closer to orthogonal"
         )
+    offsets = _offsets(upright, widths, listed)
+    if isinstance(offsets, str):
+        return offsets
+    determinant = 0.0
+    if shape[0] == shape[1] == rank and np.sum(offsets == 0) > 1:
+        determinant = float(np.linalg.slogdet(_product(upright))[0])
+    bases = matrix_flows.gauge(upright, rank)
+    return MatrixFold(chain, offsets, rank, bases, shape, determinant, dtype)
+
+
+def _offsets(upright: Sequence[np.ndarray], widths: Sequence[int], listed: str) -> np.ndarray | str:
+    """The offsets of a chain whose laws are multiples of the identity, or how far they are not."""
     offsets, violation = matrix_flows.gaps(upright)
-    largest = max(float(np.linalg.norm(a, 2) ** 2) for a in upright)
     if violation > BALANCED:
         return (
             f"the matrices {listed} are not balanced: W_(j+1) W_(j+1)^T - W_j^T W_j departs from "
             f"a multiple of the identity by {violation:.2g} of its size, and at most "
             f"{BALANCED:.0e} is allowed; pass rebalance=True, or initialise them balanced"
         )
+    largest = max(float(np.linalg.norm(a, 2) ** 2) for a in upright)
     offsets = np.where(offsets > BALANCED * largest, offsets, 0.0)
-    if offsets.any() and (any(h != rank for h in widths[1:-1]) or rank != min(shape)):
+    if offsets.any() and any(h != min(widths) for h in widths[1:-1]):
         return (
             f"the matrices {listed} differ by multiples of the identity of up to "
-            f"{offsets.max():.2g}, which determines them only where every hidden width is that of "
-            f"the smaller end, and the widths are {', '.join(map(str, widths))}; pass "
+            f"{offsets.max():.2g}, which determines them only where all hidden widths are the "
+            f"smallest width, and the widths are {', '.join(map(str, widths))}; pass "
             "rebalance=True, or initialise them balanced"
         )
-    tied = np.sum(offsets == 0) > 1
-    determinant = 0.0
-    if shape[0] == shape[1] == rank and tied:
-        determinant = float(np.linalg.slogdet(_product(upright))[0])
-    bases = matrix_flows.gauge(upright, rank)
-    return MatrixFold(chain, offsets, rank, bases, shape, determinant, dtype)
+    return offsets
 
 
 def _product(chain: Sequence[np.ndarray]) -> np.ndarray:

@@ -94,6 +94,7 @@ def away(fc):
 # --- convergence ---
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NETWORKS)
 def test_deviation_from_sgd_halves_with_the_learning_rate(name):
     network = NETWORKS[name]()
@@ -106,6 +107,7 @@ def test_deviation_from_sgd_halves_with_the_learning_rate(name):
         assert all(1.7 < ratio < 2.3 for ratio in ratios), (found, ratios)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [momentum, decay, decay_and_momentum])
 def test_deviation_halves_with_momentum_and_decay(make):
     network = NETWORKS["together"]()

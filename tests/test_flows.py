@@ -24,6 +24,7 @@ CHAINS = {
     "relaxed": (chain(5, 5, 5, 5, offsets=[0.5, 0.0, 1.0]), 5),
     "relaxed, tall": (chain(8, 4, 4, offsets=[0.0, 0.7]), 4),
     "relaxed, wide": (chain(4, 4, 9, offsets=[0.3, 0.0]), 4),
+    "relaxed, narrow": (chain(6, 3, 3, 7, offsets=[0.3, 0.0, 0.5]), 3),
     "deep": (chain(*[4] * 9), 4),
 }
 each_chain = pytest.mark.parametrize("name", CHAINS)
