@@ -23,6 +23,7 @@ from fcjax.clusters import Clusters
 from fcjax.contraction import Cost
 from fcjax.expressions import Expr, Unrepresentable
 from fcjax.parts import Recipe, recipe
+from fcjax.squares import square_in
 from fcjax.streams import centred
 from fcjax.trace import Body, Equation, Kind, Value
 from fcjax.written import Written
@@ -189,7 +190,7 @@ def _price(network: Written) -> Cost:
 
 def _priced(expr: Expr, runs: int) -> Recipe:
     try:
-        return recipe(expr, runs)
+        return recipe(expr, runs, square_in(expr))
     except Unrepresentable:  # computed as written, at a price nobody compares with
         return Recipe(expr, (), Cost())
 
@@ -283,11 +284,13 @@ class _Search:
         return True
 
     def _without(self, root: Value, move: Iterable[Value]) -> Recipe:
-        expr = self.recipes[root].expr
+        expr, square = self.recipes[root].expr, self.recipes[root].square
         for value in sorted(move, key=self.order.__getitem__, reverse=True):
             if value in expr.leaves:
-                expr = ex.substitute(expr, value, self.recipes[value].expr)
-        return recipe(expr, self.runs)
+                made = self.recipes[value].expr
+                expr = ex.substitute(expr, value, made)
+                square = square and square.substitute(value, made)
+        return recipe(expr, self.runs, square)
 
     def _apply(
         self, move: tuple[Value, ...], gone: Sequence[Value], new: dict[Value, Recipe]
