@@ -264,8 +264,8 @@ def _product(term: Term, expr: Expr, runs: int, keep: frozenset[Label] | None = 
     order = contraction.search(operands, keep, runs)
     _, cost = contraction.price(order, operands, keep, runs)
     for factor, operand in zip(term.factors, operands, strict=True):
-        if factor.centred and factor.is_data:  # the shifted copy is written out
-            cost = cost + contraction.written(operand)
+        if factor.centred:  # the shifted copy is written out
+            cost = cost + contraction.written(operand) * (1 / runs if operand.once else 1.0)
     if _is_one_pass(term, expr):
         raise Unrepresentable("a second moment of a product that float32 would cancel")
     return Product(term, order), cost
