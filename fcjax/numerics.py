@@ -189,7 +189,8 @@ def row_square_sum(x: Array, weight: Array) -> Array:
     terms and as accurate as from the product, also where the product is small; ``x N N^T x^T``
     would cancel there. The derivative by x needs only ``N N^T``, that by N only the second moments
     of x, so that T is never differentiated (it has no derivative where N has not full rank) and
-    nothing of the size of x is saved but x.
+    nothing of the size of x is saved but x. Where all rows lie in a direction in which N is small,
+    the derivative by N errs by the rounding of those moments, and keeps fewer digits.
 
     Args:
       x: shape ``(*batch, e)``.

@@ -619,7 +619,11 @@ def pre_norm_stack_with_its_stream():
     """The same, its stream returned: somebody sees the mean."""
     batch = sequences(8, 3)
     apply_fn, params = linen(PreNormStack(), batch)
-    return apply_fn, params, batch, lambda y, target: squared_error(y[1], target) + jnp.mean(y[0])
+
+    def loss(outputs, target):
+        return squared_error(outputs[1], target) + 0.1 * jnp.mean(jnp.sin(outputs[0]))
+
+    return apply_fn, params, batch, loss
 
 
 def batch_norm(module, batch, train):
