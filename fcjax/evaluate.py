@@ -325,7 +325,12 @@ def _summed(value: Named, keep: frozenset[Label]) -> Named:
 
 
 def _pair(a: Named, b: Named, keep: frozenset[Label], expr: Expr) -> Named:
-    """Multiplies two arrays and sums the labels outside ``keep``."""
+    """Multiplies two arrays and sums the labels outside ``keep``.
+
+    Data stands on the left: the axes of the result are then those of its rows, then the others.
+    """
+    if b.data and not a.data:
+        a, b = b, a
     a = _summed(a, keep | frozenset(b.labels))
     b = _summed(b, keep | frozenset(a.labels))
     data = a.data or b.data
