@@ -4,6 +4,7 @@ A prediction is written down here before anything is measured, so that a result 
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -266,11 +267,12 @@ def inverted_bottleneck() -> Network:
 
 
 class FeedForward(nn.Module):
-    """Residual blocks: norm, dense, gelu, dense."""
+    """Residual blocks: norm, dense, gelu, dense; read out through a last norm if ``head``."""
 
     norm: type[nn.Module]
     blocks: int
     expansion: int
+    head: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # noqa: D102
@@ -279,10 +281,12 @@ class FeedForward(nn.Module):
             h = self.norm(name=f"norm_{i}")(x)
             h = nn.gelu(nn.Dense(width * self.expansion, name=f"in_{i}")(h))
             x = x + nn.Dense(width, name=f"out_{i}")(h)
-        return x
+        return nn.Dense(width, name="head")(self.norm(name="norm")(x)) if self.head else x
 
 
-def feed_forward(name: str, module: FeedForward, memory: float) -> Network:
+def feed_forward(
+    name: str, module: FeedForward, memory: float, speedup: float = 1.0, prediction: float = 1.1
+) -> Network:
     """Pre-norm blocks on 8192 tokens of width 256."""
     x = normal(1, 8192, 256)
     return Network(
@@ -292,8 +296,126 @@ def feed_forward(name: str, module: FeedForward, memory: float) -> Network:
         x,
         normal(3, *x.shape),
         squared_error,
-        Bar(memory=memory, residuals=True),
-        prediction=1.1,
+        Bar(speedup=speedup, memory=memory, residuals=True),
+        prediction,
+    )
+
+
+# --- small language models ------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Causal self-attention of ``heads`` heads."""
+
+    heads: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # noqa: D102
+        width = x.shape[-1]
+        project = functools.partial(nn.DenseGeneral, use_bias=self.use_bias)
+        q, k, v = (project((self.heads, width // self.heads), name=name)(x) for name in "qkv")
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / (width // self.heads) ** 0.5
+        causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+        weights = nn.softmax(jnp.where(causal, scores, -1e9))
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        return project(width, axis=(-2, -1), name="out")(mixed)
+
+
+class Gpt(nn.Module):
+    """A pre-LayerNorm decoder with gelu, its head tied to its embedding."""
+
+    vocabulary: int = 512
+    width: int = 256
+    blocks: int = 4
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:  # noqa: D102
+        embed = nn.Embed(self.vocabulary, self.width)
+        positions = self.param("positions", nn.initializers.normal(), (ids.shape[1], self.width))
+        x = embed(ids) + positions
+        for _ in range(self.blocks):
+            x = x + Attention(self.heads)(nn.LayerNorm()(x))
+            h = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
+            x = x + nn.Dense(self.width)(h)
+        return embed.attend(nn.LayerNorm()(x))
+
+
+class SwiGlu(nn.Module):
+    """A pre-RMSNorm decoder with gated feed-forward layers and no biases, its head untied."""
+
+    vocabulary: int = 512
+    width: int = 256
+    blocks: int = 4
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:  # noqa: D102
+        x = nn.Embed(self.vocabulary, self.width)(ids)
+        dense = functools.partial(nn.Dense, use_bias=False)
+        for _ in range(self.blocks):
+            x = x + Attention(self.heads, use_bias=False)(nn.RMSNorm()(x))
+            h = nn.RMSNorm()(x)
+            h = nn.silu(dense(2 * self.width)(h)) * dense(2 * self.width)(h)
+            x = x + dense(self.width)(h)
+        return dense(self.vocabulary)(nn.RMSNorm()(x))
+
+
+def language_model(name: str, module: nn.Module, prediction: float) -> Network:
+    """32 sequences of 128 tokens; each token is predicted from those before it."""
+    ids = jax.random.randint(jax.random.key(1), (32, 129), 0, 512)
+    return Network(
+        name,
+        lambda params, ids: module.apply({"params": params}, ids),
+        perturbed(jax.jit(module.init)(jax.random.key(0), ids[:, :-1])["params"]),
+        ids[:, :-1],
+        ids[:, 1:],
+        cross_entropy,
+        Bar(memory=1.0, residuals=True),
+        prediction,
+    )
+
+
+# --- a linear map, a norm, a linear map -----------------------------------------------------------
+
+
+class WideNorm(nn.Module):
+    """LayerNorm of a product sixteen times wider than its input, and a product back."""
+
+    hidden: int = 1024
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # noqa: D102
+        h = nn.LayerNorm()(nn.Dense(self.hidden, name="in")(x))
+        return nn.Dense(x.shape[-1], name="out")(h)
+
+
+def folded_wide_norm(params: PyTree, x: Array) -> Array:
+    """``x Z / std + c``; every variance from one 64 x 64 matrix, which cancels in float32."""
+    kernel, bias = params["in"]["kernel"], params["in"]["bias"]
+    kernel, bias = kernel - kernel.mean(1, keepdims=True), bias - bias.mean()
+    gain, shift = params["LayerNorm_0"]["scale"], params["LayerNorm_0"]["bias"]
+    out = params["out"]["kernel"]
+    square = jnp.sum((x @ (kernel @ kernel.T) + 2 * kernel @ bias) * x, -1) + bias @ bias
+    scale = jax.lax.rsqrt(square / kernel.shape[1] + 1e-6)[:, None]
+    scaled = gain[:, None] * out
+    return (x @ (kernel @ scaled) + bias @ scaled) * scale + shift @ out + params["out"]["bias"]
+
+
+def wide_norm() -> Network:
+    """64-1024-64, 16384 rows."""
+    x, module = normal(1, 16384, 64), WideNorm()
+    return Network(
+        "wide-norm",
+        lambda params, x: module.apply({"params": params}, x),
+        perturbed(jax.jit(module.init)(jax.random.key(0), x)["params"]),
+        x,
+        normal(3, *x.shape),
+        squared_error,
+        Bar(speedup=8.0, memory=8.0, residuals=True),
+        prediction=15.0,
+        limit=folded_wide_norm,
     )
 
 
@@ -379,6 +501,16 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "rmsnorm-ff": lambda: feed_forward(
         "rmsnorm-ff", FeedForward(nn.RMSNorm, blocks=6, expansion=1), memory=1 / 0.85
     ),
+    "layernorm-stack": lambda: feed_forward(
+        "layernorm-stack",
+        FeedForward(nn.LayerNorm, blocks=6, expansion=1, head=True),
+        memory=1 / 0.85,
+        speedup=1.05,
+        prediction=1.18,
+    ),
+    "gpt": lambda: language_model("gpt", Gpt(), 1.04),
+    "swiglu": lambda: language_model("swiglu", SwiGlu(), 1.02),
+    "wide-norm": wide_norm,
     "bottleneck-512": lambda: linear("bottleneck-512", (512, 128, 128, 512), 8192, Bar(), 1.0),
     "square-256": lambda: linear("square-256", (256,) * 5, 256, Bar(), 1.0),
     "relu-mlp": plain_relu,

@@ -13,7 +13,7 @@ from jax import Array, lax
 from fcjax import numerics
 from fcjax.contraction import Order, members
 from fcjax.expressions import Expr, Factor, Label, Window
-from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe, computed_over
+from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe, RowSquare, computed_over
 
 __all__ = ["SQUARE", "evaluate", "form", "formed_leaves", "mean_squares", "squares_key"]
 
@@ -78,7 +78,7 @@ def form(recipe: Recipe, env: Env) -> Formed:
         if isinstance(part, Product):
             _form_product(part, (i,), recipe.expr, env, formed)
         elif all(_invariant(f) for p in _products(part) for f in p.term.factors):
-            formed[i] = _weight(part, env, recipe.expr)
+            formed[i] = _whole_weight(part, env, recipe.expr)
     return formed
 
 
@@ -97,6 +97,8 @@ def formed_leaves(recipe: Recipe) -> set[Hashable]:
 def _products(part: Part) -> tuple[Product, ...]:
     if isinstance(part, Product):
         return (part,)
+    if isinstance(part, RowSquare):
+        return (*part.inner.weights, *part.shifts)
     return part.weights if isinstance(part, Linear) else (part.weight,)
 
 
@@ -124,7 +126,7 @@ def _form_product(
     visit(part.order, computed_over(part.term, expr.free))
 
 
-# --- the three kinds of part --------------------------------------------------------------------
+# --- the four kinds of part --------------------------------------------------------------------
 
 
 def _part(recipe: Recipe, i: int, env: Env, formed: Formed) -> Named:
@@ -133,7 +135,10 @@ def _part(recipe: Recipe, i: int, env: Env, formed: Formed) -> Named:
         return _product(part, (i,), computed_over(part.term, expr.free), expr, env, formed)
     if isinstance(part, MeanSquare):
         return formed[SQUARE, i] if (SQUARE, i) in formed else mean_squares([(recipe, i)], env)[0]
-    return _linear(part, formed[i] if i in formed else _weight(part, env, expr), expr, env)
+    weight = formed[i] if i in formed else _whole_weight(part, env, expr)
+    if isinstance(part, RowSquare):
+        return _row_square(part, weight, expr, env)
+    return _linear(part, weight, expr, env)
 
 
 def _product(
@@ -186,6 +191,32 @@ def _weight(part: Linear | MeanSquare, env: Env, expr: Expr) -> Named:
         total = _less_mean(total, labels, part.centre_weight)
     data = any(f.is_data for product in _products(part) for f in product.term.factors)
     return Named(total, labels, data)
+
+
+def _whole_weight(part: Linear | MeanSquare | RowSquare, env: Env, expr: Expr) -> Named:
+    """The effective weight; of a row square as a matrix, with the shift as its last row."""
+    if not isinstance(part, RowSquare):
+        return _weight(part, env, expr)
+    contracted = [x for x in itertools.chain(*part.rows.axes) if x in part.inner.weight_labels]
+    width, columns = (math.prod(x.size for x in labels) for labels in (contracted, part.over))
+    own = _weight(part.inner, env, expr)
+    matrix = _ordered(own, (*contracted, *part.over)).reshape(width, columns)
+    shift = jnp.zeros([x.size for x in part.over], matrix.dtype)
+    for product in part.shifts:
+        value = _product(product, (), frozenset(part.over), expr, env, {})
+        shift = shift + _ordered(value, part.over)
+    rows = [matrix, shift.reshape(1, columns)] if part.shifts else [matrix]
+    return Named(jnp.concatenate(rows), (Label(width + len(rows) - 1), Label(columns)), own.data)
+
+
+def _row_square(part: RowSquare, weight: Named, expr: Expr, env: Env) -> Named:
+    rows = _realised(part.rows, env)
+    tokens = tuple(x for x in rows.labels if x in expr.free)
+    contracted = [x for x in rows.labels if x not in expr.free]
+    x = _ordered(rows, (*tokens, *contracted)).reshape([*(t.size for t in tokens), -1])
+    z = weight.array.astype(expr.dtype)
+    norm = numerics.row_square_sum(x.astype(expr.dtype), z)
+    return Named(part.scale * norm, tokens, True)
 
 
 def _linear(part: Linear, weight: Named, expr: Expr, env: Env) -> Named:
@@ -294,7 +325,12 @@ def _summed(value: Named, keep: frozenset[Label]) -> Named:
 
 
 def _pair(a: Named, b: Named, keep: frozenset[Label], expr: Expr) -> Named:
-    """Multiplies two arrays and sums the labels outside ``keep``."""
+    """Multiplies two arrays and sums the labels outside ``keep``.
+
+    Data stands on the left: the axes of the result are then those of its rows, then the others.
+    """
+    if b.data and not a.data:
+        a, b = b, a
     a = _summed(a, keep | frozenset(b.labels))
     b = _summed(b, keep | frozenset(a.labels))
     data = a.data or b.data

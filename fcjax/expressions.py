@@ -37,6 +37,7 @@ __all__ = [
     "cast",
     "concatenate",
     "contract",
+    "deviation",
     "multiply",
     "of_leaf",
     "recentre",
@@ -667,6 +668,28 @@ def recentre(expr: Expr) -> Expr:
     return expr
 
 
+def deviation(expr: Expr, axis: int) -> Expr:
+    """``z - mean(z)`` over an axis, pushed down to the factors that vary along it.
+
+    A product in which one factor varies has that factor centred, as ``x W`` has ``W``; one in
+    which several do is less its own mean.
+    """
+    over = frozenset(expr.dims[axis])
+    terms = [t for term in expr.terms for t in _deviation_term(term, over)]
+    return recentre(_with_terms(expr, terms))
+
+
+def _deviation_term(term: Term, over: frozenset[Label]) -> list[Term]:
+    if sum(bool(f.labels & over) for f in term.factors) < 2:
+        return _recentred_term(term, over)
+    if any(window.labels & over for window in term.windows):
+        raise Unrepresentable("a centred concatenation")
+    inside = over & term.labels
+    mean = term.rename({label: (Label(label.size),) for label in inside})
+    by = -mean.scale / math.prod(label.size for label in inside)
+    return [term, dataclasses.replace(mean, scale=by)]
+
+
 def _counterpart(expr: Expr, i: int, mean: Term) -> int | None:
     """The index of the term equal to ``mean``, scale included, other than term i."""
     leaves = Counter(id(f.leaf.var) for f in mean.factors)
@@ -792,7 +815,7 @@ def _recentred_term(term: Term, centred: frozenset[Label]) -> list[Term]:
     """Moves the subtraction of a mean from a product onto the factor that varies."""
     if not centred:
         return [term]
-    if term.windows:
+    if any(window.labels & centred for window in term.windows):
         raise Unrepresentable("a centred concatenation")
     holding = [k for k, f in enumerate(term.factors) if f.labels & centred]
     if not holding:

@@ -8,8 +8,9 @@ the gain of a normalisation folds into it and the scale of each row is applied a
 
     ``((x - mean) / std * g) W = (x Z) / std``,   ``Z`` = ``diag(g) W`` less its column means,
 
-and the variance that a batch normalisation takes of ``x W`` needs ``x`` only through its own
-second moments. Which of these a value uses is decided here, by price; nothing is computed yet.
+the variance that a batch normalisation takes of ``x W`` needs ``x`` only through its own second
+moments, and the squared norms of the rows of ``x W`` need no more of W than ``W W^T``. Which of
+these a value uses is decided here, by price; nothing is computed yet.
 """
 
 import dataclasses
@@ -22,11 +23,25 @@ import numpy as np
 from fcjax import contraction
 from fcjax.contraction import Cost, Operand, Order
 from fcjax.expressions import Expr, Factor, Label, Term, Unrepresentable, term_key
+from fcjax.squares import Square
 
-__all__ = ["Linear", "MeanSquare", "Part", "Product", "Recipe", "computed_over", "recipe"]
+__all__ = [
+    "Linear",
+    "MeanSquare",
+    "Part",
+    "Product",
+    "Recipe",
+    "RowSquare",
+    "computed_over",
+    "recipe",
+]
 
 MOMENTS = 3.0
 """Products of the rows with a matrix of their own width that a mean square takes."""
+TRIANGLE = 10.0
+"""Products of the weight with itself that a triangular factor of it takes the time of."""
+MUCH_WIDER = 2.0
+"""A product must be this many times wider than its rows for its norms to be taken without it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +92,29 @@ class MeanSquare:
     scale: float
 
 
-Part = Product | Linear | MeanSquare
+@dataclasses.dataclass(frozen=True)
+class RowSquare:
+    """``scale * sum_c (rows @ Z + b)**2``: the squared norm of each row.
+
+    Attributes:
+      inner: the rows and Z, whose labels are those that rows and Z share, and the summed ones c.
+      shifts: the products whose sum is b.
+      over: the summed labels c.
+      scale: a number.
+    """
+
+    inner: Linear
+    shifts: tuple[Product, ...]
+    over: tuple[Label, ...]
+    scale: float
+
+    @property
+    def rows(self) -> Factor:
+        """The data factor."""
+        return self.inner.rows
+
+
+Part = Product | Linear | MeanSquare | RowSquare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,24 +125,39 @@ class Recipe:
       expr: the expression.
       parts: what is added up.
       cost: the analytic price of a training step through it.
+      square: how ``expr`` is a sum of squares, if it is known to be one.
     """
 
     expr: Expr
     parts: tuple[Part, ...]
     cost: Cost
+    square: Square | None = None
 
 
-def recipe(expr: Expr, runs: int = 1) -> Recipe:
+def recipe(expr: Expr, runs: int = 1, square: Square | None = None) -> Recipe:
     """Chooses the cheapest parts for ``expr``.
 
     Args:
       expr: the value to compute.
       runs: how often the body it belongs to runs in a step; weights that do not change between
         the runs are formed once.
+      square: how ``expr`` is a sum of squares, if it is known to be one.
 
     Raises:
       Unrepresentable: if a term has no safe way to be computed.
     """
+    unexpanded = None if square is None else _unexpanded(expr, square, runs)
+    try:
+        expanded = dataclasses.replace(_expanded(expr, runs), square=square)
+    except Unrepresentable:
+        if unexpanded is None:
+            raise
+        return unexpanded
+    cheaper = unexpanded is not None and unexpanded.cost.time < expanded.cost.time
+    return unexpanded if unexpanded is not None and cheaper else expanded
+
+
+def _expanded(expr: Expr, runs: int) -> Recipe:
     squares = [t for t in expr.terms if len(_roles(t, expr)[0]) == 2]
     if len(squares) > 1 and np.dtype(expr.dtype).itemsize < 8:
         raise Unrepresentable("the square of a sum, expanded, which narrow floats would cancel")
@@ -114,12 +166,15 @@ def recipe(expr: Expr, runs: int = 1) -> Recipe:
         rows, scales, _ = _roles(term, expr)
         key = _signature(rows, scales, expr) if rows and not term.windows else id(term)
         groups.setdefault(key, []).append(term)
-    chosen = [_cheapest(tuple(group), expr, runs) for group in groups.values()]
+    return _whole_recipe(expr, [_cheapest(tuple(group), expr, runs) for group in groups.values()])
+
+
+def _whole_recipe(expr: Expr, chosen: "Sequence[Option]", square: Square | None = None) -> Recipe:
     parts = tuple(part for option, _ in chosen for part in option)
     cost = sum((cost for _, cost in chosen), Cost())
     if not any(_contracts(part, expr) for part in parts):
         cost = cost + contraction.written(_whole(expr))
-    return Recipe(expr, parts, cost)
+    return Recipe(expr, parts, cost, square)
 
 
 def _whole(expr: Expr) -> Operand:
@@ -209,8 +264,8 @@ def _product(term: Term, expr: Expr, runs: int, keep: frozenset[Label] | None = 
     order = contraction.search(operands, keep, runs)
     _, cost = contraction.price(order, operands, keep, runs)
     for factor, operand in zip(term.factors, operands, strict=True):
-        if factor.centred and factor.is_data:  # the shifted copy is written out
-            cost = cost + contraction.written(operand)
+        if factor.centred:  # the shifted copy is written out
+            cost = cost + contraction.written(operand) * (1 / runs if operand.once else 1.0)
     if _is_one_pass(term, expr):
         raise Unrepresentable("a second moment of a product that float32 would cancel")
     return Product(term, order), cost
@@ -235,6 +290,19 @@ def _is_one_pass(term: Term, expr: Expr) -> bool:
 
 def _linear(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
     """All terms of a group through one effective weight."""
+    part, weight, cost = _effective(group, expr, runs)
+    result, product = contraction.pair(_operand(part.rows), weight, expr.free, runs)
+    cost = cost + product
+    for factor in part.row_scales:
+        result, extra = contraction.pair(result, _operand(factor), expr.free, runs)
+        cost = cost + extra
+        if weight.trainable:  # the scaled cotangent of the product is written for the gradient of Z
+            cost = cost + Cost(time=contraction.BYTE * result.bytes)
+    return (part,), cost
+
+
+def _effective(group: tuple[Term, ...], expr: Expr, runs: int) -> tuple[Linear, Operand, Cost]:
+    """The rows of a group of terms, their one effective weight, and the price of forming it."""
     rows, scales, _ = _roles(group[0], expr)
     (row,) = rows
     if row.centred and np.dtype(expr.dtype).itemsize < 4:
@@ -247,13 +315,6 @@ def _linear(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
     once = all(f.leaf.invariant and not f.is_data for t in split for f in t.factors)
     trainable = any(f.leaf.trainable for t in split for f in t.factors)
     weight = Operand(inside, trainable, once, np.dtype(expr.dtype).itemsize)
-    result, product = contraction.pair(_operand(row), weight, expr.free, runs)
-    cost = cost + product
-    for factor in scales:
-        result, extra = contraction.pair(result, _operand(factor), expr.free, runs)
-        cost = cost + extra
-        if trainable:  # the scaled cotangent of the product is written for the gradient of Z
-            cost = cost + Cost(time=contraction.BYTE * result.bytes)
     if row.centred & expr.free and row.centred - expr.free:
         raise Unrepresentable("a mean over both summed and free labels")
     part = Linear(
@@ -264,7 +325,7 @@ def _linear(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
         centre_weight=row.centred - expr.free,
         centre_rows=row.centred & expr.free,
     )
-    return (part,), cost
+    return part, weight, cost
 
 
 def _position(row: Factor, expr: Expr):
@@ -283,6 +344,54 @@ def _weight_term(term: Term, row: Factor, expr: Expr) -> Term:
     inner = weight.labels - own.labels - expr.free  # the row's labels may stand here by chance
     renaming |= {label: (Label(label.size),) for label in inner}
     return weight.rename(renaming)
+
+
+# --- squared norms of rows ----------------------------------------------------------------------
+
+
+def _unexpanded(expr: Expr, square: Square, runs: int) -> Recipe | None:
+    """The recipe of a sum of squares of ``rows @ Z + b``, or None if it is none that pays."""
+    inner, over = square.inner, frozenset(square.over)
+    group, constant = _by_degree(inner)
+    bound = _contracted(group, inner)
+    if not bound or contraction.size(over) < MUCH_WIDER * contraction.size(bound):
+        return None
+    if np.dtype(expr.dtype).itemsize < 4 or any(t.labels - over for t in constant):
+        return None
+    part, weight, cost = _effective(group, inner, runs)
+    if weight.labels != bound | over or part.centre_rows:
+        return None
+    shifts = [_product(t, inner, runs, over) for t in constant]
+    rest = [_product(t, expr, runs) for t in square.rest.terms]
+    cost = sum((c for _, c in shifts), cost) + _row_square_cost(_operand(part.rows), weight, over)
+    norm = RowSquare(part, tuple(p for p, _ in shifts), square.over, square.scale)
+    return _whole_recipe(expr, [((norm,), cost), *(((p,), c) for p, c in rest)], square)
+
+
+def _by_degree(expr: Expr) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+    """The terms with data, and those without."""
+    return tuple(t for t in expr.terms if t.degree), tuple(t for t in expr.terms if not t.degree)
+
+
+def _contracted(group: Sequence[Term], expr: Expr) -> frozenset[Label]:
+    """The summed labels of the rows of a group, if all its terms are the same rows by weights."""
+    roles = [_roles(term, expr) for term in group]
+    alike = len({_signature(rows, scales, expr) for rows, scales, _ in roles}) == 1
+    plain = all(len(rows) == 1 and not scales for rows, scales, _ in roles)
+    if not (alike and plain) or any(term.windows for term in expr.terms):
+        return frozenset()
+    return roles[0][0][0].labels - expr.free
+
+
+def _row_square_cost(rows: Operand, weight: Operand, over: frozenset[Label]) -> Cost:
+    """What ``numerics.row_square_sum`` pays, and its two derivatives."""
+    width, columns = (contraction.size(x) for x in (weight.labels - over, over))
+    passes = 1 + rows.trainable + weight.trainable
+    squares = 2.0 * width * width * columns
+    work = 2.0 * width * contraction.size(rows.labels)
+    copies = contraction.written(dataclasses.replace(rows, trainable=False)) * passes
+    small = Cost(time=(TRIANGLE + passes) * squares, flops=(2 + passes) * squares)
+    return small + Cost(time=work * passes, flops=work * passes) + Cost(time=copies.time)
 
 
 # --- mean squares -------------------------------------------------------------------------------

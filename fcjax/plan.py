@@ -5,7 +5,8 @@ the expressions of roots. The plan starts from the network as written: products,
 something non-linear reads and values with several readers are roots. Then it takes roots away as
 long as the price of a training step falls: a hidden activation that is expressed through its
 input makes the product of its weights, a normalised value that is expressed through its input
-folds the gain forward. What does not pay by a margin is left exactly as it was written.
+folds the gain forward. Once more it starts from the network with the means taken off its residual
+streams (``streams.py``). What does not pay by a margin is left exactly as it was written.
 """
 
 import contextlib
@@ -22,6 +23,8 @@ from fcjax.clusters import Clusters
 from fcjax.contraction import Cost
 from fcjax.expressions import Expr, Unrepresentable
 from fcjax.parts import Recipe, recipe
+from fcjax.squares import square_in
+from fcjax.streams import centred
 from fcjax.trace import Body, Equation, Kind, Value
 from fcjax.written import Written
 
@@ -37,6 +40,8 @@ CLEARLY_LESS = 0.95
 SLOWEST = 2.0
 """Under ``objective="memory"`` a rewrite may cost this many times the time of the original."""
 PASSES = 8
+
+Objective = Literal["time", "memory"]
 
 _always = contextvars.ContextVar("always", default=False)
 
@@ -120,7 +125,7 @@ class Plan:
 
 def plan(
     network: Written,
-    objective: Literal["time", "memory"] = "time",
+    objective: Objective = "time",
     original: Written | None = None,
 ) -> Plan:
     """Plans how to compute a body.
@@ -131,8 +136,6 @@ def plan(
       original: the body before its shapes were reduced, if they were, whose price counts as the
         price as written.
     """
-    search = _Search(network.roots, network.hard, objective, network.runs)
-    search.run()
     originals = original.nested if original is not None else {}
     nested = {
         i: tuple(
@@ -141,6 +144,24 @@ def plan(
         )
         for i, bodies in network.nested.items()
     }
+    found = _planned(network, nested, objective, original)
+    other = centred(network)
+    if other is None:
+        return found
+    less_means = _planned(other, nested, objective, original or network)
+    pays = _pays(found.after, less_means.after, objective, for_sure=True)
+    return less_means if pays else found
+
+
+def _planned(
+    network: Written,
+    nested: dict[int, tuple[Plan, ...]],
+    objective: Objective,
+    original: Written | None,
+) -> Plan:
+    """Plans a body whose nested bodies are planned already."""
+    search = _Search(network.roots, network.hard, objective, network.runs)
+    search.run()
     changes = search.changes()
     taken = {root for change in changes if change.taken for root in change.roots}
     gone = {root for change in changes if change.taken for root in change.gone}
@@ -169,7 +190,7 @@ def _price(network: Written) -> Cost:
 
 def _priced(expr: Expr, runs: int) -> Recipe:
     try:
-        return recipe(expr, runs)
+        return recipe(expr, runs, square_in(expr))
     except Unrepresentable:  # computed as written, at a price nobody compares with
         return Recipe(expr, (), Cost())
 
@@ -203,7 +224,7 @@ class _Search:
         self,
         roots: dict[Value, Expr],
         hard: Set[Value],
-        objective: Literal["time", "memory"],
+        objective: Objective,
         runs: int,
     ) -> None:
         self.hard = hard
@@ -255,7 +276,7 @@ class _Search:
         gone = [v for v in move if v not in self.hard]
         before = sum((self.recipes[v].cost for v in (*affected, *gone)), Cost())
         after = sum((how.cost for how in new.values()), Cost())
-        if not self._pays(before, after, for_sure=False):
+        if not _pays(before, after, self.objective, for_sure=False):
             roots = tuple(sorted(affected, key=self.order.__getitem__))
             self.declined[move] = Change(roots, move, before, after, taken=False)
             return False
@@ -263,23 +284,13 @@ class _Search:
         return True
 
     def _without(self, root: Value, move: Iterable[Value]) -> Recipe:
-        expr = self.recipes[root].expr
+        expr, square = self.recipes[root].expr, self.recipes[root].square
         for value in sorted(move, key=self.order.__getitem__, reverse=True):
             if value in expr.leaves:
-                expr = ex.substitute(expr, value, self.recipes[value].expr)
-        return recipe(expr, self.runs)
-
-    def _pays(self, before: Cost, after: Cost, *, for_sure: bool) -> bool:
-        if folds_always():
-            return True
-        margin = SAFE_MARGIN if after.flops <= 1.01 * before.flops else MARGIN
-        limit = 1 - margin if for_sure else 1 + 1e-9
-        if self.objective == "memory":
-            smaller = after.held < limit * before.held
-            same = after.held <= before.held and after.time <= limit * before.time
-            return (smaller and after.time <= SLOWEST * before.time) or same
-        smaller = after.held <= CLEARLY_LESS * before.held
-        return after.time <= (1 + TIE if smaller else limit) * before.time
+                made = self.recipes[value].expr
+                expr = ex.substitute(expr, value, made)
+                square = square and square.substitute(value, made)
+        return recipe(expr, self.runs, square)
 
     def _apply(
         self, move: tuple[Value, ...], gone: Sequence[Value], new: dict[Value, Recipe]
@@ -311,7 +322,22 @@ class _Search:
         after = sum((self.recipes[v].cost for v in left), Cost())
         roots = tuple(v for v in left if v in self.changed)
         gone = tuple(v for v in group if v in self.gone)
-        return Change(roots, gone, before, after, self._pays(before, after, for_sure=True))
+        pays = _pays(before, after, self.objective, for_sure=True)
+        return Change(roots, gone, before, after, pays)
+
+
+def _pays(before: Cost, after: Cost, objective: Objective, *, for_sure: bool) -> bool:
+    """Whether a rewrite is worth it; ``for_sure`` asks for a margin."""
+    if folds_always():
+        return True
+    margin = SAFE_MARGIN if after.flops <= 1.01 * before.flops else MARGIN
+    limit = 1 - margin if for_sure else 1 + 1e-9
+    if objective == "memory":
+        smaller = after.held < limit * before.held
+        same = after.held <= before.held and after.time <= limit * before.time
+        return (smaller and after.time <= SLOWEST * before.time) or same
+    smaller = after.held <= CLEARLY_LESS * before.held
+    return after.time <= (1 + TIE if smaller else limit) * before.time
 
 
 def _identical(a: Sequence[Recipe], b: Sequence[Recipe]) -> bool:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping
 
 from fcjax.expressions import Expr, Factor, Term
-from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe
+from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe, RowSquare
 from fcjax.plan import Plan
 from fcjax.trace import Atom, Equation, Value
 
@@ -110,6 +110,9 @@ class _Printer:
     def part(self, part: Part) -> str:
         if isinstance(part, Product):
             return self.product(part)
+        if isinstance(part, RowSquare):
+            shift = "".join(f" + {self.term(p.term)}" for p in part.shifts)
+            return f"{part.scale:.4g} |{self.part(part.inner)}{shift}|^2"
         weight = self.weight(part)
         if isinstance(part, MeanSquare):
             return f"{part.scale:.4g} |({self.name(part.rows.leaf.var)} - mean) {weight}|^2"

@@ -117,6 +117,7 @@ class _Reader:
     def __init__(self, body: Body, known: dict[Value, Kind]) -> None:
         self.known = known
         self.readers, self.operands = _count_readers(body), _operands(body)
+        self.scaled = _scaled(body, known)
         self.seen: dict[Value, Expr] = {}
         self.roots: dict[Value, Expr] = {}
         self.boundaries = {e for e in body.equations if not _has_rule(e)}
@@ -143,7 +144,9 @@ class _Reader:
             if made_value is None:
                 continue
             self.seen[made_value] = expr
-            if made_value in self.hard or _is_cut(made_value, expr, self.readers, self.operands):
+            scaled = made_value in self.scaled and expr.has_data and _is_product(expr)
+            cut = scaled or _is_cut(made_value, expr, self.readers, self.operands)
+            if made_value in self.hard or cut:
                 self._compute(made_value)
 
     def _operand(self, atom: Value | Number) -> Expr:
@@ -244,4 +247,16 @@ def _operands(body: Body) -> set[Value]:
         views = equation.name in VIEWS and not found.isdisjoint(v for v in equation.outputs if v)
         if views or equation.name == "dot_general":
             found.update(equation.values)
+    return found
+
+
+def _scaled(body: Body, known: dict[Value, Kind]) -> set[Value]:
+    """Values that are multiplied by a parameter, whose gradient needs them."""
+    found: set[Value] = set()
+    for equation in body.equations:
+        if equation.name == "mul":
+            for atom, other in zip(equation.inputs, reversed(equation.inputs), strict=True):
+                by = known[other] if isinstance(other, Value) else None
+                if isinstance(atom, Value) and by and by.of == "param" and by.trainable:
+                    found.add(atom)
     return found

@@ -1,4 +1,4 @@
-"""The two closed forms against the formulas they stand for, on plain arrays."""
+"""The closed forms against the formulas they stand for, on plain arrays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from fcjax.numerics import centred_square_sum, scaled_product
+from fcjax import numerics
+from fcjax.numerics import centred_square_sum, row_square_sum, scaled_product
 
 
 def normal(*shape, seed=0):
@@ -31,6 +32,17 @@ def scaled(rows, scales, weight):
     return scaled_product(rows, scales, weight, None)
 
 
+def plain_row_square_sum(x, weight):
+    product = x @ weight[: x.shape[-1]]
+    if len(weight) > x.shape[-1]:
+        product = product + weight[-1]
+    return jnp.sum(jnp.square(product), axis=-1)
+
+
+def arguments_of_row_squares(bias=1, columns=7):
+    return normal(2, 3, 4), normal(4 + bias, columns, seed=1)
+
+
 def arguments_of_square_sum():
     return normal(9, 4) + 3.0, normal(4, 5, seed=1)
 
@@ -44,6 +56,14 @@ CASES = {
     "square sum": (centred_square_sum, plain_square_sum, arguments_of_square_sum()),
     "square sum, one column": (centred_square_sum, plain_square_sum, (normal(7, 3), normal(3, 1))),
     "square sum, few rows": (centred_square_sum, plain_square_sum, (normal(3, 5), normal(5, 2))),
+    "rows": (row_square_sum, plain_row_square_sum, arguments_of_row_squares()),
+    "rows, no bias": (row_square_sum, plain_row_square_sum, arguments_of_row_squares(bias=0)),
+    "rows, narrow": (row_square_sum, plain_row_square_sum, arguments_of_row_squares(columns=3)),
+    "rows, of rank 2": (
+        row_square_sum,
+        plain_row_square_sum,
+        (normal(6, 4), normal(4, 2, seed=1) @ normal(2, 7, seed=2)),
+    ),
     "scaled": (scaled, plain_scaled, arguments_of_scaled()),
     "scaled, no scale": (scaled, plain_scaled, arguments_of_scaled(scales=0)),
     "scaled, three scales": (scaled, plain_scaled, arguments_of_scaled(scales=3)),
@@ -97,14 +117,14 @@ def test_hessian_vector_product(case):
     close(product(closed), product(plain), 1e-9)
 
 
-@pytest.mark.parametrize("case", ["square sum", "scaled"])
+@pytest.mark.parametrize("case", ["square sum", "rows", "scaled"])
 def test_hessian(case):
     closed, plain, args = CASES[case]
     last = len(args) - 1
     close(*(jax.jit(jax.hessian(loss(f), last))(*args) for f in (closed, plain)), 1e-9)
 
 
-@pytest.mark.parametrize("case", ["square sum", "scaled"])
+@pytest.mark.parametrize("case", ["square sum", "rows", "scaled"])
 def test_derivatives_against_differences(case):
     closed, _, args = CASES[case]
     check_grads(closed, args, order=1, modes=("fwd", "rev"), rtol=1e-5, atol=1e-5)
@@ -118,6 +138,14 @@ def test_square_sum_under_vmap(mapped):
         for a, m in zip((x, z), mapped, strict=True)
     ]
     gradients = (jax.grad(loss(f), (0, 1)) for f in (centred_square_sum, plain_square_sum))
+    close(*(jax.vmap(g, mapped)(*stacks) for g in gradients))
+
+
+@pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0)])
+def test_row_squares_under_vmap(mapped):
+    args = arguments_of_row_squares()
+    stacks = [jnp.stack([a, 2.0 * a]) if m == 0 else a for a, m in zip(args, mapped, strict=True)]
+    gradients = (jax.grad(loss(f), (0, 1)) for f in (row_square_sum, plain_row_square_sum))
     close(*(jax.vmap(g, mapped)(*stacks) for g in gradients))
 
 
@@ -135,9 +163,26 @@ def test_scaled_product_with_symbolic_zeros(moving):
 
 
 @pytest.mark.parametrize("moving", [0, 1])
-def test_square_sum_with_symbolic_zeros(moving):
-    args = arguments_of_square_sum()
-    close(*(jax.grad(loss(f), moving)(*args) for f in (centred_square_sum, plain_square_sum)))
+@pytest.mark.parametrize("case", ["square sum", "rows"])
+def test_square_sums_with_symbolic_zeros(case, moving):
+    closed, plain, args = CASES[case]
+    close(*(jax.grad(loss(f), moving)(*args) for f in (closed, plain)))
+
+
+def test_row_squares_save_their_rows_and_small_matrices():
+    x, weight = normal(64, 4), normal(5, 7, seed=1)
+    kept = jax.eval_shape(lambda x, w: jax.vjp(row_square_sum, x, w)[1], x, weight)
+    assert [a.shape for a in jax.tree.leaves(kept) if 64 in a.shape] == [x.shape]
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_both_triangles(rank):
+    """The compiled loop of the CPU, and the factorisation of other devices."""
+    weight = normal(5, rank) @ normal(rank, 9, seed=1)
+    for triangle in (numerics._orthogonalised, numerics._by_qr):
+        found = triangle(weight)
+        close(found @ found.T, weight @ weight.T, 1e-13)
+        assert jnp.all(jnp.triu(found, 1) == 0.0)
 
 
 def test_gradient_by_the_weight_alone_takes_no_product_for_the_rows():
@@ -230,6 +275,64 @@ def test_accuracy_of_the_gradient_by_the_columns(ratio):
         for f in (centred_square_sum, two_pass)
     ]
     as_good_as(*errors, 0.0, factor=200.0)
+
+
+def low(ratio, columns=64):
+    """Rows along one direction, in which the weight is ``ratio`` times as large as elsewhere."""
+    rotation, _ = np.linalg.qr(np.random.default_rng(3).standard_normal((WIDTH, WIDTH)))
+    other, _ = np.linalg.qr(np.random.default_rng(4).standard_normal((columns, WIDTH)))
+    size = np.ones(WIDTH)
+    size[0] = ratio
+    rows = np.outer(1 + np.random.default_rng(5).random(ROWS), rotation[0])
+    weight = (rotation.T * size) @ other.T
+    return [np.asarray(np.float32(a), np.float64) for a in (rows, weight)]
+
+
+def row_errors(function, x, weight):
+    """Root mean square relative errors in float32: of the values, and of both gradients of logs."""
+    by_both = jax.grad(lambda x, w: jnp.sum(jnp.log(function(x, w))), (0, 1))
+    plain = jax.grad(lambda x, w: jnp.sum(jnp.log(plain_row_square_sum(x, w))), (0, 1))
+    exact = [plain_row_square_sum(x, weight), *plain(x, weight)]
+    narrow = jnp.float32(x), jnp.float32(weight)
+    found = [function(*narrow), *jax.jit(by_both)(*narrow)]
+    return [
+        float(jnp.linalg.norm(jnp.float64(f) - e) / jnp.linalg.norm(e))
+        for f, e in zip(found, exact, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("ratio", [1e-2, 1e-3, 1e-4])
+def test_accuracy_of_row_squares(ratio):
+    """Values and gradients by the rows err at most five times as much as through the product.
+
+    Where all rows lie in the one direction in which the weight is small, its gradient is the
+    second moments of the rows times the weight, and errs by their rounding over the ratio.
+    """
+    x, weight = low(ratio)
+    errors = [row_errors(f, x, weight) for f in (row_square_sum, plain_row_square_sum)]
+    (*actual, by_weight), (*references, _) = errors
+    for error, reference in zip(actual, references, strict=True):
+        as_good_as(error, reference, 1e-6, factor=5.0)
+    assert by_weight <= 64 * np.finfo(np.float32).eps / ratio
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e-2, 1e-4])
+def test_accuracy_of_row_squares_of_all_kinds_of_rows(ratio):
+    """Rows in every direction, with one in which they, or the weight, hardly vary."""
+    rows, _ = thin(ratio)
+    _, weight = low(ratio)
+    for x, w in ((rows, low(1.0)[1]), (thin(1.0)[0], weight)):
+        errors = [row_errors(f, x, w) for f in (row_square_sum, plain_row_square_sum)]
+        for error, reference in zip(*errors, strict=True):
+            as_good_as(error, reference, 2e-6, factor=4.0)
+
+
+def test_row_squares_by_the_gram_matrix_would_not_do():
+    """The test above can fail: ``x W W^T x`` loses all digits where the product is small."""
+    x, weight = low(1e-4)
+    by_gram = lambda x, w: jnp.sum(x * (x @ (w @ w.T)), axis=-1)  # noqa: E731
+    (error, *_), (reference, *_) = (row_errors(f, x, weight) for f in (by_gram, row_square_sum))
+    assert error > 100 * reference
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

@@ -585,6 +585,47 @@ def dense_norm_dense():
     return *linen(module, batch), batch
 
 
+@network(collapses=True)
+def wide_dense_norm_dense():
+    """LayerNorm of a product much wider than its input, and RMSNorm of another."""
+    batch = rows(4, 3)
+    first = nn.Sequential([nn.Dense(2 * WIDE), nn.LayerNorm(), nn.Dense(4), nn.gelu])
+    second = nn.Sequential([nn.Dense(WIDE, use_bias=False), nn.RMSNorm(), nn.Dense(3)])
+    return *linen(nn.Sequential([first, second]), batch), batch
+
+
+class PreNormStack(nn.Module):
+    """Pre-LayerNorm blocks on one residual stream with a scale each, a final norm, a readout."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            scale = self.param(f"scale_{i}", nn.initializers.ones, x.shape[-1:])
+            h = nn.gelu(nn.Dense(WIDE)(nn.LayerNorm()(x)))
+            x = x + scale * nn.Dense(x.shape[-1])(h)
+        return x, nn.Dense(3)(nn.LayerNorm()(x))
+
+
+@network(collapses=True)
+def pre_norm_stack():
+    """A residual stream that only LayerNorms read, far from the origin."""
+    batch = sequences(8, 3)
+    apply_fn, params = linen(PreNormStack(), batch)
+    return lambda params, x: apply_fn(params, x + 3.0)[1], params, batch
+
+
+@network(collapses=None)
+def pre_norm_stack_with_its_stream():
+    """The same, its stream returned: somebody sees the mean."""
+    batch = sequences(8, 3)
+    apply_fn, params = linen(PreNormStack(), batch)
+
+    def loss(outputs, target):
+        return squared_error(outputs[1], target) + 0.1 * jnp.mean(jnp.sin(outputs[0]))
+
+    return apply_fn, params, batch, loss
+
+
 def batch_norm(module, batch, train):
     """Apply function with the statistics as an argument; in training it returns updated ones."""
     (x,), _ = batch(np.random.default_rng(0))
@@ -678,6 +719,26 @@ def transformer_block():
     """A pre-norm transformer block."""
     batch = sequences(8, 3, batch_size=4)
     return *linen(Transformer(), batch), batch
+
+
+class Gpt(nn.Module):
+    """Token and position embeddings, a causal pre-norm block, a head tied to the embedding."""
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(11, 8)
+        x = embed(ids) + self.param("positions", nn.initializers.normal(), (ids.shape[1], 8))
+        attend = nn.MultiHeadDotProductAttention(num_heads=2)
+        x = x + attend(nn.LayerNorm()(x), mask=nn.make_causal_mask(ids))
+        x = x + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(x))))
+        return embed.attend(nn.LayerNorm()(x))
+
+
+@network(collapses=True)
+def gpt():
+    """A GPT of one block, its head tied to its embedding."""
+    batch = tokens_of(11, 11, batch_size=4)
+    return *linen(Gpt(), batch), batch
 
 
 # --- program structure --------------------
