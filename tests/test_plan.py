@@ -175,6 +175,32 @@ def test_layer_norm_before_an_activation_stays():
     assert (TOKENS, 256) not in gone(found)
 
 
+# --- numbers known while tracing ---
+
+
+def test_a_quotient_by_the_square_root_of_the_depth_is_a_scale():
+    """As Flax's attention writes it: a product of weights goes through it."""
+
+    def fn(a, b, x):
+        depth = jnp.sqrt(64).astype(x.dtype)
+        return jnp.tanh(x @ a / depth @ b)
+
+    found = planned(fn, weights(64, 512, 8), [shape(TOKENS, 64)])
+    assert gone(found) == [(TOKENS, 512)]
+    assert named(found, "sqrt") == []
+    (how,) = found.recipes.values()
+    assert [term.scale for term in how.expr.terms] == [0.125]
+
+
+def test_a_number_passed_to_a_call_is_a_scale():
+    def fn(a, b, x):
+        half = jax.jit(lambda y, by: y * by)
+        return half(x @ a, np.float32(0.5)) @ b
+
+    found = planned(fn, weights(64, 512, 8), [shape(TOKENS, 64)])
+    assert gone(found) == [(TOKENS, 512)]
+
+
 # --- the objective ---
 
 
