@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.extend.core as jex
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.sharding import AxisType
 
 __all__ = [
     "ClosedJaxpr",
@@ -14,6 +15,7 @@ __all__ = [
     "Var",
     "bind",
     "is_dropped",
+    "is_placed",
     "open_jaxpr",
     "scan_layout",
 ]
@@ -49,3 +51,10 @@ def scan_layout(params: dict[str, Any]) -> tuple[int, int]:
 def is_dropped(var: Var) -> bool:
     """Whether an equation's output is thrown away (``_`` in a printed jaxpr)."""
     return isinstance(var, jex.DropVar) if hasattr(jex, "DropVar") else str(var) == "_"
+
+
+def is_placed(aval: Any) -> bool:
+    """Whether a value's type says how it lies on a mesh, so that its shape is only a part of it."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    types = () if mesh is None or mesh.empty else mesh.axis_types
+    return any(kind != AxisType.Auto for kind in types)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fcjax import check, trace
+from fcjax import check, hoisting, trace
 from fcjax import report as reporting
 from fcjax.errors import NotFoldableError
 from fcjax.names import path_name
@@ -140,7 +140,7 @@ class FrontContribution:
         if optimizer is not None:
             given = check.data(data, call.arrays)
             self._reduction = choose(network, self._tree, optimizer, given, call.arrays)
-        self._example = self._planned(self._written(body, call), out_structure)
+        self._example = self._planned(body, call, out_structure)
         self._compiled[self._key(self._avals, call)] = self._example
         self.contributions: dict[str, Any] = {
             "constants": tuple(array for _, array in body.constants),
@@ -294,7 +294,7 @@ class FrontContribution:
         found = self._compiled.get(key)
         if found is None:
             body, out_structure = self._trace(avals, call)
-            found = self._planned(self._written(body, call), out_structure)
+            found = self._planned(body, call, out_structure)
             if not any(isinstance(c, jax.core.Tracer) for _, c in found.body.constants):
                 self._compiled[key] = found
         return found
@@ -323,17 +323,22 @@ class FrontContribution:
         return trace.flatten(jaxpr), jax.tree.structure(shapes)
 
     def _written(self, body: Body, call: "_Call") -> Written:
+        return written(body, self._kinds(call))
+
+    def _kinds(self, call: "_Call") -> list[Kind]:
         followers = self._reduction.followers
         of_params = [
             PARAM if trained and leaf not in followers else FROZEN
             for leaf, trained in enumerate(self._tree.trained)
         ]
-        return written(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))])
+        return [*of_params, *itertools.repeat(DATA, len(call.arrays))]
 
-    def _planned(self, network: Written, out_structure: Any) -> "_Compiled":
+    def _planned(self, body: Body, call: "_Call", out_structure: Any) -> "_Compiled":
         taken = self._reduction.compression
         if taken is None:
-            return _Compiled(plan(network, self.objective), out_structure)
+            found = hoisting.planned(body, self._kinds(call), self.objective)
+            return _Compiled(found, out_structure)
+        network = self._written(body, call)
         reduced = rewritten(network, taken, self.paths)
         return _Compiled(plan(reduced, self.objective, network), out_structure)
 

@@ -101,7 +101,9 @@ class _Reader:
         self.readers, self.operands = _count_readers(body), _operands(body)
         self.seen: dict[Value, Expr] = {}
         self.roots: dict[Value, Expr] = {}
-        self.boundaries = {e for e in body.equations if not _has_rule(e)}
+        self.boundaries = {
+            e for e in body.equations if not _has_rule(e) or body.rows.intersection(e.outputs)
+        }
         self.hard = {atom for atom in body.outputs if isinstance(atom, Value)}
         self.hard.update(v for e in self.boundaries for v in e.values)
         for equation in body.equations:
