@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.extend.core as jex
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import AxisType
 
@@ -14,6 +15,7 @@ __all__ = [
     "Literal",
     "Var",
     "bind",
+    "bound_axes",
     "is_dropped",
     "is_placed",
     "open_jaxpr",
@@ -38,6 +40,11 @@ def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
         functions, bind_params = bind_params
         outputs = eqn.primitive.bind(*functions, *values, **bind_params)
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def bound_axes() -> tuple[tuple[Any, int], ...]:
+    """The names and sizes of the mapped axes around a call, which a trace may depend on."""
+    return tuple((name, lax.axis_size(name)) for name in jex.unsafe_get_axis_names_DO_NOT_USE())
 
 
 def scan_layout(params: dict[str, Any]) -> tuple[int, int]:

@@ -121,7 +121,6 @@ def _can_move(body: Body, lookup: Equation, known: Mapping[Value, Kind]) -> bool
         and lookup.source.params["dimension_numbers"].offset_dims == last
         and (not _fills(lookup) or fill is None or bool(np.isnan(fill)))
         and not any(compat.is_placed(v.aval) for v in (table, numbers, out))
-        and not any(e.source.effects for e in body.equations)
     )
 
 
@@ -274,15 +273,16 @@ def _traced(
 
 
 def _in_order(equations: Sequence[Equation]) -> Iterator[Equation]:
-    """The equations, each behind those that it reads from."""
+    """The equations, each behind those that it reads from; effects stay in order."""
     missing = {v for e in equations for v in e.outputs}
     left = list(equations)
     while left:
-        waiting = []
+        waiting: list[Equation] = []
         for equation in left:
-            if missing.isdisjoint(equation.values):
+            after = equation.source.effects and any(e.source.effects for e in waiting)
+            if after or not missing.isdisjoint(equation.values):
+                waiting.append(equation)
+            else:
                 missing.difference_update(equation.outputs)
                 yield equation
-            else:
-                waiting.append(equation)
         left = waiting

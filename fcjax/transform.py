@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fcjax import check, hoisting, trace
+from fcjax import axes, check, compat, hoisting, trace
 from fcjax import report as reporting
 from fcjax.errors import NotFoldableError
 from fcjax.names import path_name
@@ -133,7 +133,7 @@ class FrontContribution:
         self._avals = tuple(jax.typeof(leaf) for leaf in self._tree.leaves)
         self._compiled: dict[Hashable, _Compiled] = {}
         call = _Call.of(example_args, {})
-        body, out_structure = self._trace(self._avals, call)
+        body, out_structure, assumed = self._trace(self._avals, call, anywhere=True)
         self._reduction = nothing(self._tree)
         network = self._written(body, call)
         check.outputs(network.body, network.known)
@@ -141,7 +141,8 @@ class FrontContribution:
             given = check.data(data, call.arrays)
             self._reduction = choose(network, self._tree, optimizer, given, call.arrays)
         self._example = self._planned(body, call, out_structure)
-        self._compiled[self._key(self._avals, call)] = self._example
+        if not assumed:
+            self._compiled[self._key(self._avals, call)] = self._example
         self.contributions: dict[str, Any] = {
             "constants": tuple(array for _, array in body.constants),
             "frozen": self._tree.frozen,
@@ -293,7 +294,7 @@ class FrontContribution:
         key = self._key(avals, call)
         found = self._compiled.get(key)
         if found is None:
-            body, out_structure = self._trace(avals, call)
+            body, out_structure, _ = self._trace(avals, call)
             found = self._planned(body, call, out_structure)
             if not any(isinstance(c, jax.core.Tracer) for _, c in found.body.constants):
                 self._compiled[key] = found
@@ -307,10 +308,16 @@ class FrontContribution:
     def _key(self, avals: Sequence[Any], call: "_Call") -> Hashable:
         of_call = tuple(jax.typeof(x) for x in call.arrays)
         precision = jax.config.values["jax_default_matmul_precision"]
-        return tuple(avals), of_call, call.static, folds_always(), precision
+        around = folds_always(), precision, compat.bound_axes()
+        return tuple(avals), of_call, call.static, around
 
-    def _trace(self, avals: Sequence[Any], call: "_Call") -> tuple[Body, Any]:
-        """The network on its original parameters, and the structure of what it returns."""
+    def _trace(
+        self, avals: Sequence[Any], call: "_Call", *, anywhere: bool = False
+    ) -> tuple[Body, Any, tuple[str, ...]]:
+        """The network on its original parameters, and the structure of what it returns.
+
+        With ``anywhere`` also outside mapped axes that it names; those come last.
+        """
         count = len(avals)
 
         def flat(*inputs: Any) -> PyTree:
@@ -319,8 +326,10 @@ class FrontContribution:
             return self.apply_fn(params, *args, **kwargs)
 
         with check.tracing(call.arrays):
-            jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*avals, *call.arrays)
-        return trace.flatten(jaxpr), jax.tree.structure(shapes)
+            jaxpr, shapes, assumed = axes.make_jaxpr(
+                flat, [*avals, *call.arrays], anywhere=anywhere
+            )
+        return trace.flatten(jaxpr), jax.tree.structure(shapes), assumed
 
     def _written(self, body: Body, call: "_Call") -> Written:
         return written(body, self._kinds(call))
