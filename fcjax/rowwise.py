@@ -128,7 +128,9 @@ class _Seen:
             return False
         params = equation.source.params
         by_hand = any(params.get(key) is not None for key in ("sharding", "out_sharding"))
-        return not by_hand and rule(self, equation)
+        if by_hand or not self.rows.issuperset(self.behind.intersection(equation.values)):
+            return False
+        return rule(self, equation)
 
     def has_rows(self, atom: Atom) -> bool:
         return atom in self.rows

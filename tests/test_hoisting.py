@@ -125,6 +125,8 @@ MIXING = {
     "shift": lambda p, h: h[:, ::-1] @ p["a"],
     "transpose": lambda p, h: jnp.swapaxes(h, 0, 1) @ p["a"],
     "token axes merged": lambda p, h: h.reshape(8, 5, WIDTH) @ p["a"],
+    "mixed across a reshape": lambda p, h: h.reshape(40, WIDTH)[::-1].reshape(5, 8, WIDTH) @ p["a"],
+    "sums across a transpose": lambda p, h: jnp.swapaxes(h, 0, 1).sum(-1)[:5] * p["gain"][0],
     "sort": lambda p, h: jnp.sort(h, axis=1) @ p["a"],
     "custom gradient": lambda p, h: doubled(h) @ p["a"],
     "products of tokens": lambda p, h: jnp.einsum("btd,bsd->bts", h, h),
