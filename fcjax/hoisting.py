@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array, lax
 
 from fcjax import compat, rowwise, trace
-from fcjax.contraction import BYTE, ELEMENTWISE, Cost
+from fcjax.contraction import BYTE, ELEMENTWISE
 from fcjax.lookups import reads_rows
 from fcjax.plan import Plan, folds_always, plan
 from fcjax.primitives import VIEWS
@@ -51,8 +51,8 @@ def planned(
         if choice is None:
             continue
         moved = plan(written(_hoisted(found.body, choice), inputs), objective)
-        saved = choice.after.time - choice.before.time  # of look-ups, which plans do not price
-        if folds_always() or moved.after.time + saved <= found.after.time * (1 + 1e-9):
+        more = choice.after - choice.before  # for look-ups, which plans do not price
+        if folds_always() or moved.after.time + more <= found.after.time * (1 + 1e-9):
             found = dataclasses.replace(moved, before=found.before)
     return found
 
@@ -69,41 +69,47 @@ class _Choice:
       region: everything that acts on its rows alone.
       equations: those that are hoisted.
       frontier: their results that something else reads, which are looked up instead.
-      before: the price of the look-up as written.
-      after: the price of the look-ups of the frontier.
+      before: what the look-up as written costs.
+      after: what the look-ups of the frontier cost.
     """
 
     lookup: Equation
     region: Region
     equations: tuple[Equation, ...]
     frontier: tuple[Value, ...]
-    before: Cost
-    after: Cost
+    before: float
+    after: float
 
 
 def _choice(body: Body, lookup: Equation, known: Mapping[Value, Kind]) -> _Choice | None:
     """The prefix of a look-up's region that is cheapest on the table, if any is."""
     if not _can_move(body, lookup, known):
         return None
-    (table, _), (out,) = lookup.values[:2], lookup.outputs
+    (table, _), out = lookup.values, lookup.outputs[0]
     assert out is not None
     tokens = out.shape[: len(out.shape) - len(table.shape) + 1]
     found = rowwise.region(body, [out], tokens)
     price = _Prices(math.prod(tokens), known)
-    work = [[price(e, count) for e in found.equations] for count in (price.tokens, table.shape[0])]
-    best = None
-    for k in range(1, len(found.equations) + 1):
-        inside = found.equations[:k]
-        frontier = _frontier(body, out, inside)
-        if _fills(lookup) and not found.missing.issuperset(frontier):
-            continue
-        looked_up = sum((price.look_up(v) for v in frontier), Cost())
-        total = sum(work[0][k:], sum(work[1][:k], looked_up)).time
-        if best is None or total < best[0]:
-            best = total, _Choice(lookup, found, inside, frontier, price.look_up(out), looked_up)
-    as_written = sum(work[0], price.look_up(out)).time
-    pays = best is not None and (folds_always() or best[0] <= (1 - MARGIN) * as_written)
-    return best[1] if pays and best is not None else None
+    slow, fast = (
+        [price(e, count) for e in found.equations] for count in (price.tokens, table.shape[0])
+    )
+    before = price.look_up(out)
+    choices = [
+        _Choice(lookup, found, found.equations[:k], frontier, before, after)
+        for k, frontier in _frontiers(body, out, found)
+        if not _fills(lookup) or found.missing.issuperset(frontier)
+        for after in [sum(price.look_up(v) for v in frontier)]
+    ]
+    best = min(choices, key=lambda c: _time(c, slow, fast), default=None)
+    limit = (1 - MARGIN) * (sum(slow) + before)
+    pays = best is not None and (folds_always() or _time(best, slow, fast) <= limit)
+    return best if pays else None
+
+
+def _time(choice: _Choice, slow: Sequence[float], fast: Sequence[float]) -> float:
+    """What the region costs if a part of it is hoisted."""
+    k = len(choice.equations)
+    return sum(fast[:k]) + choice.after + sum(slow[k:])
 
 
 def _can_move(body: Body, lookup: Equation, known: Mapping[Value, Kind]) -> bool:
@@ -128,13 +134,19 @@ def _fills(lookup: Equation) -> bool:
     return lookup.source.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
 
 
-def _frontier(body: Body, out: Value, inside: Sequence[Equation]) -> tuple[Value, ...]:
-    """What the look-up and the equations behind it make and something else reads."""
-    made = [out, *(v for e in inside for v in e.outputs if v is not None)]
-    hoisted = set(inside)
-    read = {v for e in body.equations if e not in hoisted for v in e.values}
-    read.update(a for a in body.outputs if isinstance(a, Value))
-    return tuple(v for v in made if v in read)
+def _frontiers(body: Body, out: Value, region: Region) -> Iterator[tuple[int, tuple[Value, ...]]]:
+    """For every number of hoisted equations, the values that something else reads."""
+    last: dict[Value, float] = {}
+    for i, equation in enumerate(region.equations):
+        last.update(dict.fromkeys(equation.values, i))
+    inside = set(region.equations)
+    elsewhere = [v for e in body.equations if e not in inside for v in e.values]
+    results = [a for a in body.outputs if isinstance(a, Value)]
+    last |= dict.fromkeys([*elsewhere, *results], math.inf)
+    made = [out]
+    for k, equation in enumerate(region.equations, 1):
+        made = [v for v in (*made, *equation.outputs) if v is not None and last.get(v, -1) >= k]
+        yield k, tuple(made)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,29 +161,29 @@ class _Prices:
     tokens: int
     known: Mapping[Value, Kind]
 
-    def __call__(self, equation: Equation, count: int) -> Cost:
+    def __call__(self, equation: Equation, count: int) -> float:
         """An equation on ``count`` rows."""
         if equation.name in VIEWS:
-            return Cost()
+            return 0.0
         sizes = [math.prod(v.shape) for v in (*equation.outputs, *equation.values) if v is not None]
         if equation.name != "dot_general":
-            return Cost(time=2 * ELEMENTWISE * max(sizes) * count / self.tokens)
+            return 2 * ELEMENTWISE * max(sizes) * count / self.tokens
         made, rows, weight = sizes
         work = 2.0 * made * weight / self._columns(equation) * count / self.tokens
         itemsize = equation.source.outvars[0].aval.dtype.itemsize  # type: ignore[attr-defined]
         traffic = BYTE * itemsize * ((made + rows) * count / self.tokens + weight)
         passes = 1 + sum(self.known[v].trainable for v in equation.values)
-        return Cost(time=max(work, traffic) * passes)
+        return max(work, traffic) * passes
 
     def _columns(self, equation: Equation) -> int:
         (_, contracted), _ = equation.source.params["dimension_numbers"]
         shape = equation.values[1].shape
         return math.prod(n for i, n in enumerate(shape) if i not in contracted)
 
-    def look_up(self, value: Value) -> Cost:
+    def look_up(self, value: Value) -> float:
         """Reading rows for every token, and adding their cotangents up."""
         written = BYTE * math.prod(value.shape) * value.aval.dtype.itemsize
-        return Cost(time=written * (1 + 2 * self.known[value].trainable))
+        return written * (1 + 2 * self.known[value].trainable)
 
 
 # --- the body with it ---------------------------------------------------------------------------

@@ -225,8 +225,8 @@ class Vae(nn.Module):
     def __call__(self, key, x):
         h = nn.relu(nn.Dense(8)(x))
         mean, log_scale = nn.Dense(2)(nn.Dense(WIDE)(h)), nn.Dense(2)(h)
-        noise = jax.random.normal(jax.random.wrap_key_data(key), mean.shape, mean.dtype)
-        z = mean + jnp.exp(log_scale) * noise
+        noise = jax.random.normal(jax.random.wrap_key_data(key), mean.shape, jnp.float32)
+        z = mean + jnp.exp(log_scale) * noise.astype(mean.dtype)
         return nn.Dense(6)(nn.relu(nn.Dense(8)(nn.Dense(WIDE)(z)))), mean, log_scale
 
 
