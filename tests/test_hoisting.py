@@ -19,6 +19,8 @@ from fcjax.plan import always_fold
 VOCABULARY, WIDTH = 6, 4
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (5, 8)).astype(np.int32)
 MATRICES = dict(zip("abc", weights((WIDTH, 12), (12, WIDTH), (WIDTH, 3)), strict=True))
+OUTSIDE = IDS.copy()
+OUTSIDE[0, 1], OUTSIDE[2, 3], OUTSIDE[3, 3] = VOCABULARY, 10**6, -VOCABULARY - 1
 PARAMS = {"table": weights((VOCABULARY, WIDTH))[0], "gain": jnp.full(WIDTH, 1.5), **MATRICES}
 
 
@@ -153,6 +155,55 @@ def test_what_mixes_tokens_ends_the_region(name):
     assert relative_deviation(found, expected, floor=1e-3) < 1e-12
 
 
+# Functions of one value, its partner of the same width, two parameters and the data.
+ALONE = [
+    lambda v, u, w, g, x: v @ w,
+    lambda v, u, w, g, x: v * g + g,
+    lambda v, u, w, g, x: jax.nn.relu(v),
+    lambda v, u, w, g, x: jax.nn.softplus(v),
+    lambda v, u, w, g, x: v - v.mean(-1, keepdims=True),
+    lambda v, u, w, g, x: v * jax.lax.rsqrt(1 + jnp.square(u).sum(-1, keepdims=True)),
+    lambda v, u, w, g, x: v + u,
+    lambda v, u, w, g, x: jnp.concatenate([v[..., :2], v[..., 2:] * u[..., :2]], -1),
+    lambda v, u, w, g, x: jnp.where(u > 0, v, 0.1 * u),
+    lambda v, u, w, g, x: v.reshape(5, 8, 2, 2).swapaxes(2, 3).reshape(5, 8, 4),
+]
+TOGETHER = [
+    lambda v, u, w, g, x: jnp.cumsum(v, 1),
+    lambda v, u, w, g, x: v - u.mean((0, 1)),
+    lambda v, u, w, g, x: v * x,
+    lambda v, u, w, g, x: v.reshape(40, 4)[::-1].reshape(5, 8, 4),
+    lambda v, u, w, g, x: jnp.swapaxes(jnp.swapaxes(v, 0, 1) * 2, 0, 1),
+]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_functions_of_rows_and_tokens(seed):
+    rng = np.random.default_rng(seed)
+    chosen = [ALONE[i] for i in rng.integers(0, len(ALONE), 6)]
+    chosen += [(ALONE + TOGETHER)[i] for i in rng.integers(0, len(ALONE + TOGETHER), 6)]
+    where = rng.integers(0, 1 << 30, (len(chosen), 2))
+    params = {"table": rng.standard_normal((VOCABULARY, WIDTH))}
+    params["w"] = rng.standard_normal((len(chosen), WIDTH, WIDTH)) / 2
+    params["g"] = rng.standard_normal((len(chosen), WIDTH))
+    x = rng.standard_normal((5, 8, 1))
+
+    def apply_fn(p, ids):
+        values = [jnp.take(p["table"], ids, axis=0, mode=("clip", "fill")[seed % 2])]
+        for fn, (i, j), w, g in zip(chosen, where, p["w"], p["g"], strict=True):
+            values.append(fn(values[i % len(values)], values[j % len(values)], w, g, x))
+        return jnp.tanh(values[-1] + jnp.cumsum(values[len(values) // 2], 1))
+
+    with always_fold():
+        fc = fcjax.front_contribute(apply_fn, params, IDS)
+        assert hoists(fc)
+        found = value_and_gradients(fc.apply, fc.params, IDS)
+        outside = jax.jit(fc.apply)(fc.params, OUTSIDE)
+    expected = value_and_gradients(apply_fn, params, IDS)
+    assert relative_deviation(found, expected, floor=1e-3) < 1e-11
+    np.testing.assert_allclose(outside, jax.jit(apply_fn)(params, OUTSIDE), rtol=1e-9, atol=1e-12)
+
+
 def test_the_frontier_is_looked_up():
     """Queries, keys and values, and the rows that the residual stream holds."""
 
@@ -184,10 +235,6 @@ def test_several_tables():
 
 
 # --- row numbers outside the table --------------------------------------------------------------
-
-OUTSIDE = IDS.copy()
-OUTSIDE[0, 1], OUTSIDE[2, 3], OUTSIDE[3, 3] = VOCABULARY, 10**6, -VOCABULARY - 1
-
 
 def taken(mode, fn, params, ids, **options):
     rows = jnp.take(params["table"], ids, axis=0, mode=mode, **options)

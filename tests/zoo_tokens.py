@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -120,10 +122,6 @@ def mlp_mixer():
     return *linen(Mixer(), batch), batch
 
 
-DEEP = {fn.__name__: fn for fn in (gpt, gpt_with_adapters, factorised_encoder, mlp_mixer)}
-"""Builders of networks with so many leaves that they are trained by fewer optimizers."""
-
-
 # --- recurrences --------------------
 
 
@@ -165,8 +163,9 @@ class StateSpace(nnx.Module):
 
     def __init__(self, rngs):
         self.a = nnx.Param(jnp.linspace(0.3, 0.9, 4))
-        self.b1, self.b2 = nnx.Linear(3, WIDE, rngs=rngs), nnx.Linear(WIDE, 4, rngs=rngs)
-        self.c1, self.c2 = nnx.Linear(4, WIDE, rngs=rngs), nnx.Linear(WIDE, 3, rngs=rngs)
+        plain = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.b1, self.b2 = nnx.Linear(3, WIDE, rngs=rngs), plain(WIDE, 4)
+        self.c1, self.c2 = plain(4, WIDE), plain(WIDE, 3)
 
     def __call__(self, x):
         @nnx.scan(in_axes=(None, nnx.Carry, 1), out_axes=(nnx.Carry, 1))
@@ -209,7 +208,6 @@ class NnxStack(nnx.Module):
         return self.out(forward(self.blocks, x))
 
 
-@network(collapses=None)
 def nnx_scan_over_blocks():
     """nnx.scan over blocks whose parameters nnx.vmap stacked."""
     return from_nnx(NnxStack(nnx.Rngs(0)), rows(4, 3))
@@ -223,11 +221,12 @@ class Vae(nn.Module):
 
     @nn.compact
     def __call__(self, key, x):
+        plain = functools.partial(nn.Dense, use_bias=False)
         h = nn.relu(nn.Dense(8)(x))
-        mean, log_scale = nn.Dense(2)(nn.Dense(WIDE)(h)), nn.Dense(2)(h)
+        mean, log_scale = plain(2)(plain(WIDE)(h)), plain(2)(h)
         noise = jax.random.normal(jax.random.wrap_key_data(key), mean.shape, jnp.float32)
         z = mean + jnp.exp(log_scale) * noise.astype(mean.dtype)
-        return nn.Dense(6)(nn.relu(nn.Dense(8)(nn.Dense(WIDE)(z)))), mean, log_scale
+        return nn.Dense(6)(plain(WIDE)(z)), mean, log_scale
 
 
 def evidence(outputs, target):
@@ -282,14 +281,12 @@ class Experts(nn.Module):
         return nn.Dense(3)(jnp.tanh(jnp.einsum("te,eto->to", gates, made))), gates
 
 
-@network(collapses=True)
 def mixture_of_experts():
     """A mixture of experts with dense gating."""
     batch = rows(4, 3, 24)
     return *linen(Experts(), batch), batch, first_squared_error
 
 
-@network(collapses=None)
 def batch_norm_over_a_mapped_axis():
     """Batch normalisation over the rows of all replicas, between linear pairs."""
     up, mid, down = weights((4, WIDE), (WIDE, 5), (5, 3))
@@ -304,3 +301,18 @@ def batch_norm_over_a_mapped_axis():
 
     mapped = jax.vmap(replica, (None, 0), axis_name="replicas")
     return mapped, params, sequences(4, 3), first_squared_error
+
+
+LIGHTER = {
+    fn.__name__: fn
+    for fn in (
+        gpt,
+        gpt_with_adapters,
+        factorised_encoder,
+        mlp_mixer,
+        nnx_scan_over_blocks,
+        mixture_of_experts,
+        batch_norm_over_a_mapped_axis,
+    )
+}
+"""Builders of networks that are slow to compile, so trained by one optimizer instead of six."""
