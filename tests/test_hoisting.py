@@ -236,6 +236,7 @@ def test_several_tables():
 
 # --- row numbers outside the table --------------------------------------------------------------
 
+
 def taken(mode, fn, params, ids, **options):
     rows = jnp.take(params["table"], ids, axis=0, mode=mode, **options)
     return jnp.swapaxes(fn(params, rows), 0, 1)

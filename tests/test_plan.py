@@ -201,6 +201,23 @@ def test_a_number_passed_to_a_call_is_a_scale():
     assert gone(found) == [(TOKENS, 512)]
 
 
+def test_random_numbers_are_those_of_the_network_as_written():
+    """They are made of bits by sums that cancel, in float32; not a digit may change."""
+    key = np.asarray([1, 2], np.uint32)
+
+    def noise(key):
+        return jax.random.normal(jax.random.wrap_key_data(key), (64, 8), jnp.float32)
+
+    def fn(params, key):
+        return noise(key), (noise(key) @ params[0] @ params[1]).sum()
+
+    with always_fold():
+        fc = fcjax.front_contribute(fn, [jnp.ones((8, 16)), jnp.ones((16, 2))], key)
+        found, _ = jax.jit(fc.apply)(fc.params, key)
+    assert not fc.plan.is_trivial
+    assert np.array_equal(found, jax.jit(noise)(key))
+
+
 # --- the objective ---
 
 
