@@ -234,3 +234,26 @@ def test_looked_up_rows_in_mapped_axes():
                 for f in (fc.apply, apply_fn)
             )
             assert relative_deviation(found, expected) < 1e-12
+
+
+def test_looked_up_rows_on_an_explicit_mesh_are_left_as_written():
+    """Their types say where they lie, which a table's rows would have to say too."""
+    table, a = weights((6, 4), (4, 3))
+    params = {"table": table, "a": a}
+    ids = np.random.default_rng(0).integers(0, 6, (DEVICES, 10)).astype(np.int32)
+    explicit = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(AxisType.Explicit,))
+    rows = PartitionSpec(AXIS)
+
+    def apply_fn(p, ids):
+        return jax.nn.relu(p["table"].at[ids].get(out_sharding=rows) @ p["a"])
+
+    def gradient(f):
+        return jax.jit(jax.grad(lambda p, ids: jnp.sum(f(p, ids) ** 2)))
+
+    with jax.set_mesh(explicit), always_fold():
+        placed = jax.device_put(ids, NamedSharding(explicit, rows))
+        whole = jax.device_put(params, NamedSharding(explicit, PartitionSpec()))
+        fc = fcjax.front_contribute(apply_fn, whole, placed)
+        assert not fc.plan.body.rows
+        found, expected = (gradient(f)(whole, placed) for f in (fc.apply, apply_fn))
+    assert relative_deviation(found, expected) < 1e-12
