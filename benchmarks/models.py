@@ -419,7 +419,7 @@ def wide_norm() -> Network:
     )
 
 
-# --- a frozen weight beside a trainable one, and a recurrence -------------------------------------
+# --- a frozen weight beside a trainable one, and recurrences --------------------------------------
 
 
 def low_rank_adapters(params: list[dict[str, Array]], x: Array) -> Array:
@@ -481,6 +481,89 @@ def recurrent() -> Network:
     )
 
 
+def state_space(params: dict[str, Array], x: Array) -> Array:
+    """``s <- a s + x_t B1 B2``, ``y_t = s C1 C2``; ``x`` has shape (rows, steps, width)."""
+
+    def step(s: Array, x_t: Array) -> tuple[Array, Array]:
+        s = params["a"] * s + x_t @ params["b1"] @ params["b2"]
+        return s, s @ params["c1"] @ params["c2"]
+
+    return jax.lax.scan(step, jnp.zeros_like(x[:, 0]), jnp.swapaxes(x, 0, 1))[1]
+
+
+def hoisted_state_space(params: dict[str, Array], x: Array) -> Array:
+    """The same, with both products of matrices formed once, outside the loop."""
+    b, c = params["b1"] @ params["b2"], params["c1"] @ params["c2"]
+
+    def step(s: Array, x_t: Array) -> tuple[Array, Array]:
+        s = params["a"] * s + x_t @ b
+        return s, s @ c
+
+    return jax.lax.scan(step, jnp.zeros_like(x[:, 0]), jnp.swapaxes(x, 0, 1))[1]
+
+
+def diagonal_state_space() -> Network:
+    """64 states, inputs and outputs through 1024 hidden units, 64 rows, 128 steps."""
+    names = ("b1", "b2", "c1", "c2")
+    params = dict(zip(names, kernels((64, 1024, 64, 1024, 64)), strict=True))
+    return Network(
+        "state-space",
+        state_space,
+        {"a": jnp.linspace(0.5, 0.95, 64), **params},
+        normal(1, 64, 128, 64),
+        normal(3, 128, 64, 64),
+        squared_error,
+        Bar(speedup=10.0),
+        prediction=16.0,
+        limit=hoisted_state_space,
+    )
+
+
+# --- functions of looked-up rows ------------------------------------------------------------------
+
+
+class OfCharacters(nn.Module):
+    """An embedding, LayerNorm, and one dense layer or a feed-forward block on it."""
+
+    feed_forward: bool
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:  # noqa: D102
+        x = nn.Embed(256, 256, name="table")(ids)
+        h = nn.LayerNorm(name="norm")(x)
+        if not self.feed_forward:
+            return nn.Dense(768, name="qkv")(h)
+        return x + nn.Dense(256, name="out")(nn.relu(nn.Dense(1024, name="in")(h)))
+
+
+def folded_characters(feed_forward: bool) -> Callable[[PyTree, Array], Array]:
+    """The same function of the table's 256 rows, looked up at the end."""
+    module = OfCharacters(feed_forward)
+
+    def apply_fn(params: PyTree, ids: Array) -> Array:
+        return jnp.take(module.apply({"params": params}, jnp.arange(256)), ids, axis=0)
+
+    return apply_fn
+
+
+def characters(name: str, feed_forward: bool, prediction: float) -> Network:
+    """16384 tokens of 256 kinds, width 256."""
+    ids = jax.random.randint(jax.random.key(1), (16, 1024), 0, 256)
+    module = OfCharacters(feed_forward)
+    params = perturbed(jax.jit(module.init)(jax.random.key(0), ids)["params"])
+    return Network(
+        name,
+        lambda params, ids: module.apply({"params": params}, ids),
+        params,
+        ids,
+        normal(3, *ids.shape, 256 if feed_forward else 768),
+        squared_error,
+        Bar(speedup=3.0),
+        prediction=prediction,
+        limit=folded_characters(feed_forward),
+    )
+
+
 # --- all of them ----------------------------------------------------------------------------------
 
 WIDE = (784, 1024, 1024, 1024, 1024, 10)
@@ -516,5 +599,8 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "relu-mlp": plain_relu,
     "lora": adapters,
     "recurrent": recurrent,
+    "state-space": diagonal_state_space,
+    "embedding-qkv": lambda: characters("embedding-qkv", False, 8.7),
+    "embedding-mlp": lambda: characters("embedding-mlp", True, 42.0),
 }
 """Every network by name; each is built only when it is measured."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fcjax.axes import unbound
 from fcjax.errors import FrontContributionError
 from fcjax.names import path_name
 from fcjax.trace import Body, Kind, Value
@@ -181,6 +182,11 @@ def _remedy(error: Exception) -> str:
             "apply_fn mutates Flax state. Make it pure: with linen pass mutable=['batch_stats'] "
             "and return the updated state, with nnx split the state off and return it, or "
             "normalise with running statistics."
+        )
+    if isinstance(error, NameError) and unbound(error):
+        return (
+            f"Call it where the axis {unbound(error)!r} is mapped, by jax.vmap(..., axis_name=...) "
+            "or jax.shard_map, as apply_fn itself."
         )
     if isinstance(error, (TypeError, ValueError)):
         return "Check the shapes and number of the example arguments against the network."

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.extend.core as jex
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.sharding import AxisType
 
 __all__ = [
     "ClosedJaxpr",
@@ -13,7 +15,9 @@ __all__ = [
     "Literal",
     "Var",
     "bind",
+    "bound_axes",
     "is_dropped",
+    "is_placed",
     "open_jaxpr",
     "scan_layout",
 ]
@@ -38,6 +42,11 @@ def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
+def bound_axes() -> tuple[tuple[Any, int], ...]:
+    """The names and sizes of the mapped axes around a call, which a trace may depend on."""
+    return tuple((name, lax.axis_size(name)) for name in jex.unsafe_get_axis_names_DO_NOT_USE())
+
+
 def scan_layout(params: dict[str, Any]) -> tuple[int, int]:
     """Returns the number of loop constants and of carries of a scan equation."""
     if "num_consts" in params:
@@ -49,3 +58,10 @@ def scan_layout(params: dict[str, Any]) -> tuple[int, int]:
 def is_dropped(var: Var) -> bool:
     """Whether an equation's output is thrown away (``_`` in a printed jaxpr)."""
     return isinstance(var, jex.DropVar) if hasattr(jex, "DropVar") else str(var) == "_"
+
+
+def is_placed(aval: Any) -> bool:
+    """Whether a value's type says how it lies on a mesh, so that its shape is only a part of it."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    types = () if mesh is None or mesh.empty else mesh.axis_types
+    return any(kind != AxisType.Auto for kind in types)

@@ -13,7 +13,17 @@ from collections.abc import Callable, Sequence
 
 from fcjax.expressions import Label
 
-__all__ = ["Cost", "Operand", "Order", "members", "pair", "price", "search", "written"]
+__all__ = [
+    "Cost",
+    "Operand",
+    "Order",
+    "backward",
+    "members",
+    "pair",
+    "price",
+    "search",
+    "written",
+]
 
 BYTE = 16.0
 """Operations that a device does in the time it moves one byte to or from memory."""
@@ -109,6 +119,24 @@ def price(
     )
     result, cost = pair(a, b, keep.union(*outside), runs)
     return result, cost_a + cost_b + cost
+
+
+def backward(order: Order, operands: Sequence[Operand], keep: frozenset[Label]) -> Cost:
+    """What the gradients of operands cost if the last product is only differentiated.
+
+    The products before it are computed; it is not, and its cotangent is written elsewhere.
+    """
+    result, cost = price(order, operands, keep)
+    if isinstance(order, int):
+        return cost
+    still = [dataclasses.replace(o, trainable=False) for o in operands]
+    inner = [
+        price(half, still, keep.union(*_labels(other, operands)))
+        for half, other in (order, order[::-1])
+    ]
+    _, last = pair(inner[0][0], inner[1][0], keep)
+    cotangent = Cost(time=BYTE * result.bytes, held=result.bytes)
+    return cost + (last + cotangent) * -1.0
 
 
 def members(order: Order) -> list[int]:

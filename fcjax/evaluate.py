@@ -1,6 +1,7 @@
 """Computes a recipe on arrays. Everything here is traced by jax, so it differentiates itself."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -77,7 +78,9 @@ def form(recipe: Recipe, env: Env) -> Formed:
     for i, part in enumerate(recipe.parts):
         if isinstance(part, Product):
             _form_product(part, (i,), recipe.expr, env, formed)
-        elif all(_invariant(f) for p in _products(part) for f in p.term.factors):
+        elif not _is_apart(part) and all(
+            _invariant(f) for p in _products(part) for f in p.term.factors
+        ):
             formed[i] = _whole_weight(part, env, recipe.expr)
     return formed
 
@@ -100,6 +103,14 @@ def _products(part: Part) -> tuple[Product, ...]:
     if isinstance(part, RowSquare):
         return (*part.inner.weights, *part.shifts)
     return part.weights if isinstance(part, Linear) else (part.weight,)
+
+
+def _is_apart(part: Part) -> bool:
+    return isinstance(part, Linear) and bool(part.apart)
+
+
+def _is_invariant(part: Part) -> bool:
+    return all(_invariant(f) for p in _products(part) for f in p.term.factors)
 
 
 def _invariant(factor: Factor) -> bool:
@@ -135,6 +146,8 @@ def _part(recipe: Recipe, i: int, env: Env, formed: Formed) -> Named:
         return _product(part, (i,), computed_over(part.term, expr.free), expr, env, formed)
     if isinstance(part, MeanSquare):
         return formed[SQUARE, i] if (SQUARE, i) in formed else mean_squares([(recipe, i)], env)[0]
+    if isinstance(part, Linear) and part.apart:
+        return _differentiated_apart(part, expr, env)
     weight = formed[i] if i in formed else _whole_weight(part, env, expr)
     if isinstance(part, RowSquare):
         return _row_square(part, weight, expr, env)
@@ -231,6 +244,31 @@ def _linear(part: Linear, weight: Named, expr: Expr, env: Env) -> Named:
         shift = _pair(means, weight, expr.free, expr)
         result = dataclasses.replace(result, array=result.array - _ordered(shift, result.labels))
     return result
+
+
+def _differentiated_apart(part: Linear, expr: Expr, env: Env) -> Named:
+    """``_linear``, its derivative by the weights taken term by term."""
+    rows = part.rows.leaf.var
+    weights = list(
+        dict.fromkeys(f.leaf.var for p in part.weights for f in p.term.factors if not f.is_data)
+    )
+    labels = tuple(x for x in itertools.chain(*expr.dims) if x in part.rows.labels)
+    labels += tuple(x for x in part.weight_labels if x in expr.free and x not in labels)
+
+    def given(x: Array, ws: Sequence[Array]) -> Env:
+        return {rows: x, **dict(zip(weights, ws, strict=True))}
+
+    def merged(x: Array, ws: Sequence[Array]) -> Array:
+        env = given(x, ws)
+        return _ordered(_linear(part, _weight(part, env, expr), expr, env), labels)
+
+    def apart(x: Array, ws: Sequence[Array]) -> Array:
+        env = given(x, ws)
+        terms = [_product(p, (), expr.free, expr, env, {}) for p in part.apart]
+        return functools.reduce(jnp.add, (_ordered(term, labels) for term in terms))
+
+    value = numerics.differentiated_apart(merged, apart, env[rows], [env[w] for w in weights])
+    return Named(value, labels, True)
 
 
 def _rows_product(rows: Named, weight: Named, part: Linear, expr: Expr, env: Env) -> Named:

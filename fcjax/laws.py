@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fcjax import check, scaling_rules, symmetries, trace
+from fcjax import axes, check, scaling_rules, symmetries, trace
 from fcjax.certificate import Certificate, certificate, counted
 from fcjax.errors import FrontContributionError
 from fcjax.final import hidden_leaves
@@ -80,7 +80,9 @@ def conservation_laws(
         return apply_fn(jax.tree.unflatten(tree.structure, inputs[:count]), *args, **kwargs)
 
     with check.tracing(call.arrays):
-        body = trace.flatten(jax.make_jaxpr(flat)(*map(jax.typeof, tree.leaves), *call.arrays))
+        avals = [*map(jax.typeof, tree.leaves), *call.arrays]
+        jaxpr, *_ = axes.make_jaxpr(flat, avals, anywhere=True)
+        body = trace.flatten(jaxpr)
     kinds = [PARAM if trained else FROZEN for trained in tree.trained]
     kinds += [DATA] * len(call.arrays)
     check.outputs(body, trace.kinds(body, kinds))

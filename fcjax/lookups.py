@@ -17,7 +17,7 @@ from fcjax import compat
 from fcjax.trace import Body, Equation, Value
 from fcjax.written import Written
 
-__all__ = ["Lookup", "find", "replaced", "rows_read"]
+__all__ = ["Lookup", "find", "reads_rows", "replaced", "rows_read"]
 
 ENTRYWISE = frozenset(
     {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "select_n", "sign", "clamp", "max",
@@ -63,6 +63,17 @@ def find(network: Written, count: int) -> dict[int, tuple[Lookup, ...]]:
     return found
 
 
+def reads_rows(equation: Equation) -> bool:
+    """Whether an equation is a gather of whole rows of a table, numbered by its second input."""
+    table = equation.inputs[0] if equation.name == "gather" else None
+    if not isinstance(table, Value):
+        return False
+    numbers = equation.source.params["dimension_numbers"]
+    whole = equation.source.params["slice_sizes"] == (1, *table.shape[1:])
+    plain = (numbers.collapsed_slice_dims, numbers.start_index_map) == ((0,), (0,))
+    return whole and plain and not numbers.operand_batching_dims
+
+
 def _lookup(
     leaf: int,
     value: Value,
@@ -72,12 +83,7 @@ def _lookup(
     count: int,
 ) -> Lookup | None:
     """The reading that an equation is, or None if it is anything else."""
-    if equation.name != "gather" or equation.inputs[0] is not value:
-        return None
-    numbers = equation.source.params["dimension_numbers"]
-    whole = equation.source.params["slice_sizes"] == (1, *value.shape[1:])
-    plain = (numbers.collapsed_slice_dims, numbers.start_index_map) == ((0,), (0,))
-    if not (whole and plain) or numbers.operand_batching_dims:
+    if not reads_rows(equation) or equation.inputs[0] is not value:
         return None
     read = equation.inputs[1]
     steps = list(_steps(read, made)) if isinstance(read, Value) else []

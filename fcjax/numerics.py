@@ -5,7 +5,7 @@ transposes the tangents below, and their order decides what is saved for the bac
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.scipy.linalg import solve_triangular
 
-__all__ = ["centred_square_sum", "row_square_sum", "scaled_product"]
+__all__ = ["centred_square_sum", "differentiated_apart", "row_square_sum", "scaled_product"]
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -77,6 +77,56 @@ def _scaled_product_jvp(precision, primals, tangents):
 
 
 scaled_product.defjvp(_scaled_product_jvp, symbolic_zeros=True)
+
+
+# --- a product whose weights are differentiated term by term ------------------------------------
+
+OfRows = Callable[[Array, Sequence[Array]], Array]
+
+
+def differentiated_apart(
+    merged: OfRows, apart: OfRows, rows: Array, weights: Sequence[Array]
+) -> Array:
+    r"""``merged(rows, weights)``, its derivative by the weights taken from ``apart``.
+
+    .. math:: y = x (W + A B), \qquad
+        dy = dx\, (W + A B) + (x\, dA) B + (x A)\, dB
+
+    Both are the same function; forward and towards the rows one product is cheapest, towards the
+    factors of a low-rank branch beside a frozen weight each product by itself is (RunLoRA, Cherniuk
+    et al. 2023, https://arxiv.org/abs/2312.03415).
+
+    Args:
+      merged: linear in its first argument.
+      apart: the same function.
+      rows: the first argument of both.
+      weights: the second.
+
+    Returns:
+      what ``merged`` returns.
+    """
+
+    @jax.custom_jvp
+    def product(rows: Array, weights: list[Array]) -> Array:
+        return merged(rows, weights)
+
+    def product_jvp(primals, tangents):
+        (x, ws), (dx, dws) = primals, tangents
+        y = product(x, ws)
+        parts = [] if _is_zero(dx) else [merged(dx, ws)]
+        moving = [i for i, d in enumerate(dws) if not _is_zero(d)]
+
+        def moved(*some: Array) -> Array:
+            given = dict(zip(moving, some, strict=True))
+            return apart(x, [given.get(i, w) for i, w in enumerate(ws)])
+
+        if moving:
+            some, changes = [ws[i] for i in moving], [dws[i] for i in moving]
+            parts.append(jax.jvp(moved, some, changes)[1])
+        return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
+
+    product.defjvp(product_jvp, symbolic_zeros=True)
+    return product(rows, list(weights))
 
 
 # --- the sum of squares of centred products -----------------------------------------------------

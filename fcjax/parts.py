@@ -63,6 +63,8 @@ class Linear:
       weight_labels: the axes of Z.
       centre_weight: axes of Z whose mean is subtracted, for rows centred over bound labels.
       centre_rows: free labels of the rows whose mean is subtracted from the result.
+      apart: the products of rows and weights, one for each of ``weights``, in whose order the
+        derivative by the weights is taken; empty if it is taken through Z.
     """
 
     rows: Factor
@@ -71,6 +73,7 @@ class Linear:
     weight_labels: tuple[Label, ...]
     centre_weight: frozenset[Label]
     centre_rows: frozenset[Label]
+    apart: tuple[Product, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +243,8 @@ def _cheapest(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
         options.append((tuple(p for p, _ in alone), sum((c for _, c in alone), Cost())))
     if must_merge or (joins and len(group) > 1):
         options.append(_linear(group, expr, runs))
+    if joins and len(group) > 1 and not must_merge and runs == 1:
+        options.append(_apart(group, expr))
     return min(options, key=lambda option: option[1].time)
 
 
@@ -326,6 +331,37 @@ def _effective(group: tuple[Term, ...], expr: Expr, runs: int) -> tuple[Linear, 
         centre_rows=row.centred & expr.free,
     )
     return part, weight, cost
+
+
+def _apart(group: tuple[Term, ...], expr: Expr) -> Option:
+    """All terms through one weight, but for the derivative by the weights.
+
+    Beside a frozen weight, ``x (W + A B)``, that is ``x^T (dy B^T)`` and ``(x A)^T dy``, which the
+    gradient of the effective weight would cost as much as one of W.
+    """
+    (linear,), _ = _linear(group, expr, 1)
+    assert isinstance(linear, Linear)
+    fixed = [_fixed(term, weights=True) for term in group]
+    _, cost = _linear(tuple(fixed), expr, 1)
+    apart = []
+    for term in group:
+        product, _ = _product(term, expr, 1)
+        operands = [_operand(f) for f in _fixed(term, weights=False).factors]
+        apart.append(product)
+        if any(o.trainable for o in operands):
+            cost = cost + contraction.backward(product.order, operands, expr.free)
+    return (dataclasses.replace(linear, apart=tuple(apart)),), cost
+
+
+def _fixed(term: Term, *, weights: bool) -> Term:
+    """The term with no gradient to its weights, or with none to its data."""
+    factors = tuple(
+        dataclasses.replace(f, leaf=dataclasses.replace(f.leaf, trainable=False))
+        if f.is_data != weights
+        else f
+        for f in term.factors
+    )
+    return dataclasses.replace(term, factors=factors)
 
 
 def _position(row: Factor, expr: Expr):

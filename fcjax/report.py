@@ -61,7 +61,7 @@ def _row(leaf: int, value: Value, found: "_Findings", reduction: Reduction) -> R
     if not reduction.tree.trained[leaf]:
         reason = f"not trained: its dtype is {array.dtype.name}; kept in fc.contributions"
         return Row(path, shape, None, "train", "any optimizer", reason)
-    collapses = path in found.collapsed or path in found.cancelled
+    collapses = path in found.collapsed or path in found.cancelled or path in found.hoisted
     reasons = [found.reason(path, value)]
     if leaf in reduction.reasons:
         reasons.insert(0 if reduction.rule(leaf) else 1, reduction.reasons[leaf])
@@ -82,6 +82,7 @@ class _Findings:
         self.declined: dict[str, tuple[float, set[str]]] = {}
         self.linear: set[str] = set()
         self.cancelled: set[str] = set()
+        self.hoisted: dict[str, str] = {}
         self.readers: dict[str, set[str]] = {}
         for inner, own in walk(plan, {v: {path} for v, path in names.items()}):
             self._gather(inner, own)
@@ -97,12 +98,29 @@ class _Findings:
             else:
                 for value in (*change.roots, *change.gone):
                     self.cancelled |= _paths(plan.bases[value], names)
+        self._hoist(plan, names)
         for expr in plan.bases.values():
             self.linear |= _paths(expr, names)
         for equation in plan.body.equations:
             for value in equation.values:
                 for path in names.get(value, ()):
                     self.readers.setdefault(path, set()).add(equation.name)
+
+    def _hoist(self, plan: Plan, names: Origins) -> None:
+        """What is computed for the rows of a table instead of for tokens."""
+        behind: dict[Value, str] = {}
+        for equation in plan.body.equations:
+            paths = set().union(*(names.get(v, set()) for v in equation.values))
+            if plan.body.rows.intersection(equation.outputs):
+                count = equation.values[0].shape[0]
+                table = (
+                    f"computed for the {count} rows of {self._listed(paths)}, not for each token"
+                )
+            else:
+                table = next((behind[v] for v in equation.values if v in behind), "")
+            if table and equation.name != "gather":
+                behind.update({v: table for v in equation.outputs if v is not None})
+                self.hoisted.update(dict.fromkeys(paths, table))
 
     def _decline(self, plan: Plan, change: Change, names: Origins) -> None:
         ratio = change.after.time / max(change.before.time, 1.0)
@@ -115,6 +133,8 @@ class _Findings:
 
     def reason(self, path: str, value: Value) -> str:
         """Why the leaf is where it is, in one sentence."""
+        if path in self.hoisted:
+            return f"part of one effective table: {self.hoisted[path]}"
         if path in self.collapsed:
             partners = self._listed(self.collapsed[path])
             return f"part of one effective weight{f' with {partners}' if partners else ''}"

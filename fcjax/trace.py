@@ -15,6 +15,11 @@ __all__ = ["Body", "Equation", "Kind", "Value", "flatten", "kinds", "nested_bodi
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 """Calls that only group equations; custom derivatives, remat and loops mean more than that."""
+ARITHMETIC = frozenset(
+    {"add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "square", "pow", "integer_pow", "exp",
+     "log", "max", "min", "convert_element_type"}
+)  # fmt: skip
+"""What is computed while tracing where it is applied to known numbers, such as sqrt(depth)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,12 +71,14 @@ class Body:
       constants: arrays the function closes over, with their values.
       equations: in an order in which they can be computed.
       outputs: the results.
+      rows: values made of parameters whose rows take the place of data, see ``hoisting``.
     """
 
     inputs: tuple[Value, ...]
     constants: tuple[tuple[Value, Any], ...]
     equations: tuple[Equation, ...]
     outputs: tuple[Atom, ...]
+    rows: frozenset[Value] = frozenset()
 
 
 def flatten(jaxpr: Any) -> Body:
@@ -109,10 +116,36 @@ class _Builder:
                 outputs = self.inline(opened, inner_consts, own)
                 names.update(zip(eqn.outvars, outputs, strict=True))
                 continue
+            eqn = _with_numbers(eqn, inputs)
+            number = _number(eqn)
+            if number is not None:
+                names[eqn.outvars[0]] = number
+                continue
             made = tuple(None if compat.is_dropped(v) else Value(v.aval) for v in eqn.outvars)
             names.update((v, m) for v, m in zip(eqn.outvars, made, strict=True) if m is not None)
             self.equations.append(Equation(eqn, tuple(inputs), made))
         return [read(atom) for atom in jaxpr.outvars]
+
+
+def _with_numbers(eqn: JaxprEqn, inputs: Sequence[Atom]) -> JaxprEqn:
+    """The equation, with the numbers that it is given here in the place of variables."""
+    pairs = list(zip(eqn.invars, inputs, strict=True))
+    if not any(isinstance(a, compat.Literal) and a is not var for var, a in pairs):
+        return eqn
+    return eqn.replace(invars=[a if isinstance(a, compat.Literal) else var for var, a in pairs])
+
+
+def _number(eqn: JaxprEqn) -> compat.Literal | None:
+    """The result of an equation whose inputs are all numbers, by jax's own arithmetic."""
+    known = eqn.primitive.name in ARITHMETIC and not eqn.effects
+    if not known or not all(isinstance(atom, compat.Literal) for atom in eqn.invars):
+        return None
+    aval: Any = eqn.outvars[0].aval
+    if aval.shape:
+        return None
+    with jax.ensure_compile_time_eval():
+        (value,) = compat.bind(eqn, [a.val for a in eqn.invars if isinstance(a, compat.Literal)])
+    return compat.Literal(np.asarray(value)[()], aval)
 
 
 def _inlinable(eqn: JaxprEqn) -> Any | None:
@@ -155,6 +188,8 @@ def kinds(body: Body, inputs: Sequence[Kind]) -> dict[Value, Kind]:
                 known[value] = dataclasses.replace(
                     joined, trainable=joined.trainable and _differentiable(equation, value)
                 )
+            if value in body.rows:
+                known[value] = dataclasses.replace(known[value], of="data", invariant=False)
     return known
 
 

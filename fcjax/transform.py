@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fcjax import certificate, check, trace
+from fcjax import axes, certificate, check, compat, hoisting, trace
 from fcjax import report as reporting
 from fcjax.errors import NotFoldableError
 from fcjax.final import before_final
@@ -148,7 +148,7 @@ class FrontContribution:
         self._avals = tuple(jax.typeof(leaf) for leaf in self._tree.leaves)
         self._compiled: dict[Hashable, _Compiled] = {}
         call = _Call.of(example_args, {})
-        body, out_structure = self._trace(self._avals, call)
+        body, out_structure, assumed = self._trace(self._avals, call, anywhere=True)
         self._reduction = nothing(self._tree)
         network = self._written(body, call)
         check.outputs(network.body, network.known)
@@ -161,8 +161,9 @@ class FrontContribution:
             self._tree = self._reduction.tree
         elif exactness != "discrete":
             self._reduction = nothing(self._tree, unasked(network, self._tree, exactness))
-        self._example = self._planned(self._written(body, call), out_structure, network)
-        self._compiled[self._key(self._avals, call)] = self._example
+        self._example = self._planned(body, call, out_structure, network)
+        if not assumed:
+            self._compiled[self._key(self._avals, call)] = self._example
         self.contributions: dict[str, Any] = {
             "constants": tuple(array for _, array in body.constants),
             "frozen": self._tree.frozen,
@@ -415,8 +416,8 @@ class FrontContribution:
         key = self._key(avals, call)
         found = self._compiled.get(key)
         if found is None:
-            body, out_structure = self._trace(avals, call)
-            found = self._planned(self._written(body, call), out_structure)
+            body, out_structure, _ = self._trace(avals, call)
+            found = self._planned(body, call, out_structure)
             if not any(isinstance(c, jax.core.Tracer) for _, c in found.body.constants):
                 self._compiled[key] = found
         return found
@@ -429,10 +430,16 @@ class FrontContribution:
     def _key(self, avals: Sequence[Any], call: "_Call") -> Hashable:
         of_call = tuple(jax.typeof(x) for x in call.arrays)
         precision = jax.config.values["jax_default_matmul_precision"]
-        return tuple(avals), of_call, call.static, folds_always(), precision
+        around = folds_always(), precision, compat.bound_axes()
+        return tuple(avals), of_call, call.static, around
 
-    def _trace(self, avals: Sequence[Any], call: "_Call") -> tuple[Body, Any]:
-        """The network on its original parameters, and the structure of what it returns."""
+    def _trace(
+        self, avals: Sequence[Any], call: "_Call", *, anywhere: bool = False
+    ) -> tuple[Body, Any, tuple[str, ...]]:
+        """The network on its original parameters, and the structure of what it returns.
+
+        With ``anywhere`` also outside mapped axes that it names; those come last.
+        """
         count = len(avals)
 
         def flat(*inputs: Any) -> PyTree:
@@ -441,28 +448,34 @@ class FrontContribution:
             return self.apply_fn(params, *args, **kwargs)
 
         with check.tracing(call.arrays):
-            jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*avals, *call.arrays)
-        return trace.flatten(jaxpr), jax.tree.structure(shapes)
+            jaxpr, shapes, assumed = axes.make_jaxpr(
+                flat, [*avals, *call.arrays], anywhere=anywhere
+            )
+        return trace.flatten(jaxpr), jax.tree.structure(shapes), assumed
 
     def _written(self, body: Body, call: "_Call") -> Written:
+        return written(body, self._kinds(call))
+
+    def _kinds(self, call: "_Call") -> list[Kind]:
         followed = self._reduction.followed
         of_params = [
             PARAM if trained and leaf not in followed else FROZEN
             for leaf, trained in enumerate(self._tree.trained)
         ]
-        return written(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))])
+        return [*of_params, *itertools.repeat(DATA, len(call.arrays))]
 
     def _planned(
-        self, network: Written, out_structure: Any, original: Written | None = None
+        self, body: Body, call: "_Call", out_structure: Any, original: Written | None = None
     ) -> "_Compiled":
         """The plan; what ``original`` costs, the network by default, is its price as written."""
-        taken, reduced = self._reduction.compression, network
+        if self._reduction.is_trivial:
+            found = hoisting.planned(body, self._kinds(call), self.objective)
+            return _Compiled(found, out_structure)
+        network = reduced = self._written(body, call)
         if self._products:
             reduced = with_products(reduced, self._products, self.paths)
-        if taken is not None:
-            reduced = rewritten(reduced, taken, self.paths)
-        if self._reduction.is_trivial:
-            return _Compiled(plan(network, self.objective), out_structure)
+        if self._reduction.compression is not None:
+            reduced = rewritten(reduced, self._reduction.compression, self.paths)
         return _Compiled(plan(reduced, self.objective, original or network), out_structure)
 
     @property
@@ -562,7 +575,7 @@ def _require_folded(fc: FrontContribution, example_args: tuple[Any, ...]) -> Non
     left = [fc.paths[i] for i in before_final(fc.plan.body, fc.plan.known, len(fc.paths))]
     if left:
         call = _Call.of(example_args, {})
-        body, _ = fc._trace(fc._avals, call)
+        body, *_ = fc._trace(fc._avals, call, anywhere=True)
         kinds = [PARAM if trained else FROZEN for trained in fc._tree.trained]
         kinds += [DATA] * len(call.arrays)
         found = certificate.of_network(body, kinds, fc.paths, fc._tree.leaves)

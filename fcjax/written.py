@@ -120,7 +120,11 @@ class _Reader:
         self.scaled = _scaled(body, known)
         self.seen: dict[Value, Expr] = {}
         self.roots: dict[Value, Expr] = {}
-        self.boundaries = {e for e in body.equations if not _has_rule(e)}
+        self.boundaries = {
+            e
+            for e in body.equations
+            if not _has_rule(e) or body.rows.intersection(e.outputs) or self._shifts(e)
+        }
         self.hard = {atom for atom in body.outputs if isinstance(atom, Value)}
         self.hard.update(v for e in self.boundaries for v in e.values)
         for equation in body.equations:
@@ -148,6 +152,17 @@ class _Reader:
             cut = scaled or _is_cut(made_value, expr, self.readers, self.operands)
             if made_value in self.hard or cut:
                 self._compute(made_value)
+
+    def _shifts(self, equation: Equation) -> bool:
+        """Whether a constant is added to something that no gradient flows to.
+
+        Nothing is gained by looking through such a sum, and it may cancel: random numbers,
+        ``(bits - 1) * 2 - 1``, would lose their last digits.
+        """
+        known = [self.known[v] for v in equation.values]
+        data = [kind for kind in known if kind.of != "const"]
+        alone = len(data) == 1 and data[0].of == "data" and not data[0].trainable
+        return alone and equation.name in ("add", "sub") and len(equation.inputs) > len(data)
 
     def _operand(self, atom: Value | Number) -> Expr:
         if not isinstance(atom, Value):

@@ -9,7 +9,12 @@ import pytest
 from jax.test_util import check_grads
 
 from fcjax import numerics
-from fcjax.numerics import centred_square_sum, row_square_sum, scaled_product
+from fcjax.numerics import (
+    centred_square_sum,
+    differentiated_apart,
+    row_square_sum,
+    scaled_product,
+)
 
 
 def normal(*shape, seed=0):
@@ -52,7 +57,21 @@ def arguments_of_scaled(batch=(6,), columns=(5,), scales=2):
     return rows, tuple(normal(*batch, seed=2 + i) for i in range(scales)), weight
 
 
+def branch(x, weights):
+    w, a, b = weights
+    return x @ w + x @ a @ b
+
+
+def apart(x, w, a, b):
+    return differentiated_apart(lambda x, ws: x @ (ws[0] + ws[1] @ ws[2]), branch, x, [w, a, b])
+
+
+def arguments_of_branch():
+    return normal(9, 6), normal(6, 5, seed=1), normal(6, 2, seed=2), normal(2, 5, seed=3)
+
+
 CASES = {
+    "apart": (apart, lambda x, *weights: branch(x, weights), arguments_of_branch()),
     "square sum": (centred_square_sum, plain_square_sum, arguments_of_square_sum()),
     "square sum, one column": (centred_square_sum, plain_square_sum, (normal(7, 3), normal(3, 1))),
     "square sum, few rows": (centred_square_sum, plain_square_sum, (normal(3, 5), normal(5, 2))),
@@ -194,6 +213,25 @@ def test_gradient_by_the_weight_alone_takes_no_product_for_the_rows():
         for which in (2, (0, 2))
     ]
     assert count == [2, 3]
+
+
+@pytest.mark.parametrize("moving", [(0,), (1,), (2,), (2, 3), (0, 2, 3)])
+def test_branch_with_symbolic_zeros(moving):
+    args = arguments_of_branch()
+    plain = CASES["apart"][1]
+    close(*(jax.grad(loss(f), moving)(*args) for f in (apart, plain)))
+
+
+def test_gradient_beside_a_frozen_weight_takes_no_gradient_of_it():
+    """No product has the shape of the weight but the effective one itself."""
+    x, w, a, b = arguments_of_branch()
+    gradient = jax.jit(jax.grad(loss(apart), (0, 2, 3)))
+    text = gradient.lower(x, w, a, b).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    of_weight = [line for line in products if line.rstrip().endswith("tensor<6x5xf64>")]
+    of_rows = [line for line in products if "tensor<9x6xf64>" in line.split("->")[0]]
+    assert all("tensor<6x2xf64>, tensor<2x5xf64>" in line for line in of_weight)
+    assert of_rows
 
 
 # --- accuracy in float32 ---

@@ -247,6 +247,49 @@ def test_scale_of_the_channels_folds_back_into_the_weights():
     assert residual_bytes(fc.apply, params, x) <= residual_bytes(fn, params, x) - 0.9 * x.nbytes
 
 
+# --- numbers known while tracing ---
+
+
+def test_a_quotient_by_the_square_root_of_the_depth_is_a_scale():
+    """As Flax's attention writes it: a product of weights goes through it."""
+
+    def fn(a, b, x):
+        depth = jnp.sqrt(64).astype(x.dtype)
+        return jnp.tanh(x @ a / depth @ b)
+
+    found = planned(fn, weights(64, 512, 8), [shape(TOKENS, 64)])
+    assert gone(found) == [(TOKENS, 512)]
+    assert named(found, "sqrt") == []
+    (how,) = found.recipes.values()
+    assert [term.scale for term in how.expr.terms] == [0.125]
+
+
+def test_a_number_passed_to_a_call_is_a_scale():
+    def fn(a, b, x):
+        half = jax.jit(lambda y, by: y * by)
+        return half(x @ a, np.float32(0.5)) @ b
+
+    found = planned(fn, weights(64, 512, 8), [shape(TOKENS, 64)])
+    assert gone(found) == [(TOKENS, 512)]
+
+
+def test_random_numbers_are_those_of_the_network_as_written():
+    """They are made of bits by sums that cancel, in float32; not a digit may change."""
+    key = np.asarray([1, 2], np.uint32)
+
+    def noise(key):
+        return jax.random.normal(jax.random.wrap_key_data(key), (64, 8), jnp.float32)
+
+    def fn(params, key):
+        return noise(key), (noise(key) @ params[0] @ params[1]).sum()
+
+    with always_fold():
+        fc = fcjax.front_contribute(fn, [jnp.ones((8, 16)), jnp.ones((16, 2))], key)
+        found, _ = jax.jit(fc.apply)(fc.params, key)
+    assert not fc.plan.is_trivial
+    assert np.array_equal(found, jax.jit(noise)(key))
+
+
 # --- the objective ---
 
 
