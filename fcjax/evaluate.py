@@ -10,10 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fcjax import numerics
+from fcjax import convolving, numerics
 from fcjax.contraction import Order, members
 from fcjax.expressions import Expr, Factor, Label, Window
-from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe, computed_over
+from fcjax.parts import (
+    Convolution,
+    Linear,
+    MeanSquare,
+    Part,
+    Product,
+    Recipe,
+    computed_over,
+)
 
 __all__ = ["SQUARE", "evaluate", "form", "formed_leaves", "mean_squares", "squares_key"]
 
@@ -97,7 +105,7 @@ def formed_leaves(recipe: Recipe) -> set[Hashable]:
 def _products(part: Part) -> tuple[Product, ...]:
     if isinstance(part, Product):
         return (part,)
-    return part.weights if isinstance(part, Linear) else (part.weight,)
+    return (part.weight,) if isinstance(part, MeanSquare) else part.weights
 
 
 def _invariant(factor: Factor) -> bool:
@@ -133,7 +141,10 @@ def _part(recipe: Recipe, i: int, env: Env, formed: Formed) -> Named:
         return _product(part, (i,), computed_over(part.term, expr.free), expr, env, formed)
     if isinstance(part, MeanSquare):
         return formed[SQUARE, i] if (SQUARE, i) in formed else mean_squares([(recipe, i)], env)[0]
-    return _linear(part, formed[i] if i in formed else _weight(part, env, expr), expr, env)
+    weight = formed[i] if i in formed else _weight(part, env, expr)
+    if isinstance(part, Convolution):
+        return _convolution(part, weight, expr, env)
+    return _linear(part, weight, expr, env)
 
 
 def _product(
@@ -149,7 +160,7 @@ def _product(
         if term.scale != 1.0:
             value = dataclasses.replace(value, array=value.array * term.scale)
     for window in term.windows:
-        value = _placed(value, window)
+        value = _placed(value, window, expr.free)
     return value
 
 
@@ -172,12 +183,15 @@ def _labels_of(part: Product, order: Order) -> frozenset[Label]:
     return frozenset().union(*(part.term.factors[k].labels for k in members(order)))
 
 
-def _weight(part: Linear | MeanSquare, env: Env, expr: Expr) -> Named:
+def _weight(part: Linear | MeanSquare | Convolution, env: Env, expr: Expr) -> Named:
     """The effective weight Z, on exactly ``part.weight_labels``."""
     labels = part.weight_labels
     total: Array | None = None
-    for product in _products(part):
-        value = _product(product, (), frozenset(labels), expr, env, {})
+    for i, product in enumerate(_products(part)):
+        if isinstance(part, Convolution):
+            value = _tap_product(part, i, expr, env)
+        else:
+            value = _product(product, (), frozenset(labels), expr, env, {})
         array = _ordered(value, labels)
         total = array if total is None else total + array
     assert total is not None
@@ -221,6 +235,59 @@ def _rows_product(rows: Named, weight: Named, part: Linear, expr: Expr, env: Env
     factors = tuple(_ordered(s, tokens) for s in scales)
     out = numerics.scaled_product(x, factors, z, expr.precision)
     return Named(out, (*tokens, *columns), True)
+
+
+def _tap_product(part: Convolution, i: int, expr: Expr, env: Env) -> Named:
+    """One of the products that a kernel is the sum of, at its place among the taps."""
+    product, place = part.weights[i], part.places[i]
+    taps = frozenset(x for steps, _ in place.taps for x, _ in steps)
+    value = _product(product, (), frozenset(part.weight_labels) | taps, expr, env, {})
+    for grid, (steps, low) in zip(part.grids, place.taps, strict=True):
+        if grid.tap is not None:
+            present = [(x, by) for x, by in steps if x in value.labels]
+            sizes = [(x.size, by) for x, by in steps if x not in value.labels]
+            chosen = convolving.placing(
+                [(x.size, by) for x, by in present], sizes, low, grid.tap.size
+            )
+            axes = (*(x for x, _ in present), grid.tap)
+            value = _pair(value, Named(jnp.asarray(chosen, value.array.dtype), axes, False),
+                          frozenset(part.weight_labels) | taps - frozenset(axes), expr)  # fmt: skip
+    for summed, kept in place.diagonal:
+        eye = Named(jnp.eye(kept.size, dtype=value.array.dtype), (summed, kept), False)
+        value = _pair(value, eye, frozenset(part.weight_labels), expr)
+    return value
+
+
+def _convolution(part: Convolution, weight: Named, expr: Expr, env: Env) -> Named:
+    """Convolves the rows, ordered as examples, space, channels, with the kernel Z."""
+    rows = Named(jnp.ones((), expr.dtype), (), False)
+    if part.rows is not None:
+        rows = _realised(part.rows, env)
+    space = tuple(g.read for g in part.grids)
+    on_rows = (*rows.labels, *part.ones)
+    summed = tuple(x for x in weight.labels if x in on_rows and x not in part.kept)
+    groups = tuple(x for x in weight.labels if x in on_rows and x in part.kept)
+    out = tuple(x for x in weight.labels if x in part.kept and x not in on_rows)
+    examples = tuple(x for x in on_rows if x not in (*space, *summed, *groups))
+    taps = tuple(x for g in part.grids for x in [g.tap] if x is not None)
+    order = (*examples, *space, *groups, *summed)
+    x = jnp.broadcast_to(_ordered(rows, order), [label.size for label in order])
+    z = _ordered(weight, (*taps, *summed, *groups, *out))
+    made = convolving.convolve(
+        x.astype(expr.dtype).reshape(_total(examples), *(i.size for i in space), -1),
+        z.astype(expr.dtype).reshape([g.tap.size if g.tap else 1 for g in part.grids]
+                                     + [_total(summed), _total((*groups, *out))]),
+        part.grids, _total(groups), expr.precision if rows.data else lax.Precision.HIGHEST,
+    )  # fmt: skip
+    labels = (*examples, *(g.out for g in part.grids), *groups, *out)
+    value = Named(made.reshape([label.size for label in labels]), labels, rows.data or weight.data)
+    for window in part.windows:
+        value = _placed(value, window, expr.free)
+    return value
+
+
+def _total(labels: Sequence[Label]) -> int:
+    return math.prod(label.size for label in labels)
 
 
 def squares_key(part: MeanSquare) -> Hashable:
@@ -328,16 +395,17 @@ def _ordered(value: Named, labels: tuple[Label, ...]) -> Array:
     return array.reshape([label.size if label in value.labels else 1 for label in labels])
 
 
-def _placed(value: Named, window: Window) -> Named:
-    """Puts the inner axis at its offset in the outer one, zero elsewhere."""
-    if window.inner not in value.labels:
-        ones = jnp.ones([window.inner.size], value.array.dtype)
-        value = Named(value.array[..., None] * ones, (*value.labels, window.inner), value.data)
-    axis = value.labels.index(window.inner)
-    after = window.outer.size - window.inner.size - window.offset
-    pads = [(window.offset, after, 0) if i == axis else (0, 0, 0) for i in range(len(value.labels))]
-    array = lax.pad(value.array, jnp.zeros((), value.array.dtype), pads)
-    labels = tuple(window.outer if i == axis else x for i, x in enumerate(value.labels))
+def _placed(value: Named, window: Window, free: frozenset[Label]) -> Named:
+    """Puts an axis of a value where a window says, zero elsewhere."""
+    (read,), (out,) = window.labels - free, window.labels & free
+    if read not in value.labels:
+        ones = jnp.ones([read.size], value.array.dtype)
+        value = Named(value.array[..., None] * ones, (*value.labels, read), value.data)
+    sign = 1 if window.by(read) > 0 else -1
+    spread, stride, offset = (sign * n for n in (window.by(read), -window.by(out), -window.offset))
+    axis = value.labels.index(read)
+    array = convolving.place(value.array, axis, spread, stride, offset, out.size)
+    labels = tuple(out if i == axis else x for i, x in enumerate(value.labels))
     return Named(array, labels, value.data)
 
 
