@@ -128,7 +128,7 @@ def computed_over(free: frozenset[Label], placing: Sequence[Window]) -> frozense
         if len(w.steps) != 2 or len(w.labels & free) != 1:
             raise Unrepresentable("a window between two axes that are summed")
         if w.steps[0][1] * w.steps[1][1] > 0:
-            raise Unrepresentable("a window that runs backwards")
+            raise Unrepresentable("a window that puts something in place runs backwards")
     return free.union(*(w.labels for w in placing)) - free.intersection(
         itertools.chain.from_iterable(w.labels for w in placing)
     )
@@ -173,7 +173,7 @@ def _seen(label: Label, window: Window | None, free: frozenset[Label]) -> Seen:
     taps = tuple((x, -sign * by) for x, by in window.steps if x not in (label, out[0]))
     stride = -sign * window.by(out[0])
     if stride < 0:
-        raise Unrepresentable("a window that runs backwards")
+        raise Unrepresentable("a window with taps runs backwards")
     return Seen(label, out[0], sign * window.by(label), stride, taps, -sign * window.offset)
 
 

@@ -353,10 +353,10 @@ def _views(group: Sequence[Term], expr: Expr) -> tuple[View, ...]:
     views = []
     for term in group:
         rows, scales, weights = _roles(term, expr)
-        plain = len(rows) <= 1 and not scales and not any(f.centred for f in rows)
-        if not plain or not (rows or kernels.has_taps(term)):
-            if kernels.has_taps(term):
+        if kernels.has_taps(term):
+            if len(rows) > 1 or scales:
                 raise Unrepresentable("a window over a product of two activations")
+        elif len(rows) != 1 or scales or rows[0].centred:
             return ()
         views.append(kernels.view(term, rows[0] if rows else None, weights, expr.free))
     return tuple(views)

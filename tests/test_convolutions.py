@@ -7,6 +7,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +16,12 @@ from test_primitives import QUICK, arrays, assert_recipes_agree
 from training import relative_deviation
 
 import fcjax
-from fcjax.parts import Convolution
+from fcjax import expressions as ex
+from fcjax import trace
+from fcjax.expressions import Unrepresentable
+from fcjax.parts import Convolution, recipe
 from fcjax.plan import always_fold
+from fcjax.primitives import RULES
 
 
 def conv(x, kernel, stride=1, padding="SAME", spread=1, dilation=1, groups=1):
@@ -316,3 +321,106 @@ def test_random_chains_have_the_values_and_gradients_of_backprop(chain):
     expected = jax.jit(both(apply_fn), compiler_options=QUICK)(params, x)
     for actual, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         assert relative_deviation(actual, wanted, floor=1e-3) <= 1e-11
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def unknown(*shape, kind="data"):
+    """The expression of a leaf."""
+    value = trace.Value(jax.core.ShapedArray(shape, np.dtype(float)))
+    return ex.of_leaf(ex.Leaf(value, kind, shape, np.dtype(float), trainable=True))
+
+
+def unfolded(expr, axis=0, taps=3, **options):
+    """What a window with padding sees of one axis, without its taps where there is one only."""
+    made = ex.unfold(expr, axis, expr.shape[axis], taps, offset=-1, **options)
+    return made if taps > 1 else ex.reshape(made, made.shape[:-1])
+
+
+def smoothed(expr, axis=0):
+    """A convolution of one axis by a parameter."""
+    last = len(expr.dims)
+    kernel = unknown(3, kind="param")
+    return ex.contract(unfolded(expr, axis), kernel, ((last,), (0,)), ((), ()))
+
+
+def moved(expr):
+    """One axis moved by one, cropped where it leaves the array."""
+    return unfolded(expr, taps=1)
+
+
+def mean(expr, axis=0):
+    average = ex.scale(ex.reduce_sum(expr, (axis,)), 1 / expr.shape[axis])
+    others = [i for i in range(len(expr.dims)) if i != axis]
+    return ex.broadcast(average, expr.shape, others)
+
+
+def less_mean(expr):
+    return ex.add(expr, ex.scale(mean(expr), -1.0))
+
+
+def dot(a, b):
+    return ex.contract(a, b, ((0,), (0,)), ((), ()))
+
+
+def times_gain(expr):
+    return ex.multiply(expr, unknown(*expr.shape, kind="param"))
+
+
+def backwards(expr, taps):
+    return ex.unfold(expr, 0, 6, taps, stride=-1, offset=4)
+
+
+def outer(a, b):
+    return ex.contract(a, b, ((), ()), ((), ()))
+
+
+REFUSED = {
+    "merged axis or one of size 1": lambda x: ex.unfold(unknown(1), 0, 3, 3),
+    "a sum over an axis that windows": lambda x: ex.reduce_sum(smoothed(x), (0,)),
+    "several windows read": lambda x: unfolded(times_gain(smoothed(x))),
+    "what lies outside differs": lambda x: smoothed(smoothed(x)),
+    "deviations from a mean": lambda x: recipe(smoothed(less_mean(x))),
+    "differ from place to place": lambda x: recipe(times_gain(smoothed(x))),
+    "two axes that are summed": lambda x: recipe(dot(moved(x), unknown(6, kind="param"))),
+    "in place runs backwards": lambda x: recipe(ex.reshape(backwards(x, 1), (6,))),
+    "with taps runs backwards": lambda x: recipe(
+        dot(ex.transpose(backwards(x, 2), (1, 0)), unknown(2, kind="param"))
+    ),
+    "two different parameters": lambda x: recipe(
+        smoothed(smoothed(outer(unknown(5, kind="param"), unknown(6, kind="param")), 0), 1)
+    ),
+    "kernels alone": lambda x: recipe(outer(x, smoothed(unknown(5, kind="param")))),
+    "makes no axis of the value": lambda x: recipe(dot(smoothed(x), unknown(6, kind="param"))),
+    "window over a product of two": lambda x: recipe(
+        ex.multiply(smoothed(unknown(5, 4, 2)), ex.broadcast(unknown(4), (5, 4, 2), (1,)))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_is_no_convolution_is_refused(message):
+    with pytest.raises(Unrepresentable, match=message):
+        REFUSED[message](unknown(6))
+
+
+RULE_REFUSED = {
+    "groups of examples": lambda x: lax.conv_general_dilated(
+        x, x, (1,), "VALID", batch_group_count=2),
+    "accumulates in another dtype": lambda x: lax.conv_general_dilated(
+        x.astype(jnp.float32), x.astype(jnp.float32), (1,), "VALID",
+        preferred_element_type=jnp.float64),
+    "something else than zeros": lambda x: lax.pad(x, 1.0, [(1, 1, 0)] * 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", RULE_REFUSED)
+def test_what_a_rule_does_not_know_is_refused(message):
+    eqn = jax.make_jaxpr(RULE_REFUSED[message])(jnp.ones((2, 2, 2))).eqns[-1]
+    operands = [
+        ex.of_leaf(ex.Leaf(object(), "param", v.aval.shape, v.aval.dtype, trainable=True))
+        for v in eqn.invars
+    ]
+    with pytest.raises(Unrepresentable, match=message):
+        RULES[eqn.primitive.name](operands, eqn)
