@@ -371,12 +371,31 @@ class MobileBottleneck(nn.Module):
         return x
 
 
-def mobile_bottleneck() -> Network:
-    """16-96-16 channels, 2 blocks, 16 images of 16 x 16."""
-    x = normal(1, 16, 16, 16, 16)
-    apply_fn, params = with_batch_statistics(MobileBottleneck(), x)
+class ResidualBottleneck(nn.Module):
+    """Residual blocks of ResNet-50: 1x1 down, 3x3, 1x1 up, BatchNorm behind each."""
+
+    blocks: int = 2
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # noqa: D102
+        width = x.shape[-1]
+        sizes = ((width // 4, 1), (width // 4, 3), (width, 1))
+        for i in range(self.blocks):
+            h = x
+            for j, (channels, size) in enumerate(sizes):
+                h = nn.Conv(channels, (size, size), use_bias=False, name=f"conv_{i}_{j}")(h)
+                h = batch_norm(f"bn_{i}_{j}")(h)
+                h = nn.relu(h) if j < 2 else h
+            x = nn.relu(x + h)
+        return x
+
+
+def with_batch_norm(name: str, module: nn.Module, channels: int) -> Network:
+    """An ordinary convolutional network on 16 images of 16 x 16."""
+    x = normal(1, 16, 16, 16, channels)
+    apply_fn, params = with_batch_statistics(module, x)
     return Network(
-        "mobile-bottleneck",
+        name,
         apply_fn,
         params,
         x,
@@ -511,7 +530,8 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "lora": adapters,
     "expandnet": expand_net,
     "repvgg": rep_vgg,
-    "mobile-bottleneck": mobile_bottleneck,
+    "mobile-bottleneck": lambda: with_batch_norm("mobile-bottleneck", MobileBottleneck(), 16),
+    "resnet-bottleneck": lambda: with_batch_norm("resnet-bottleneck", ResidualBottleneck(), 128),
     "recurrent": recurrent,
 }
 """Every network by name; each is built only when it is measured."""

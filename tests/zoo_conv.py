@@ -303,7 +303,9 @@ class Bottleneck(nn.Module):
         return nn.relu(self.norm()(conv(4 * c, 1)(h)) + self.norm()(conv(4 * c, 1, strides=2)(x)))
 
 
-@network()
+@network("Conv_0/kernel", "BatchNorm_0/scale", "BatchNorm_0/bias",
+         "Conv_2/kernel", "BatchNorm_2/scale", "BatchNorm_2/bias",
+         "Conv_3/kernel", "BatchNorm_3/scale", "BatchNorm_3/bias")  # fmt: skip
 def res_net_bottleneck(channels):
     """ResNet's bottleneck in training mode."""
     apply_fn, params, batch, _ = batch_norm(Bottleneck(training), images(channels))
@@ -415,14 +417,14 @@ class NnxRep(nnx.Module):
         return self.down(self.space(self.up(x)))
 
 
-@network("up.kernel", "space.kernel", "space.bias", "down.kernel", "down.bias",
-         "point.kernel", "scale", "bias")  # fmt: skip
+@network("up/kernel", "space/kernel", "down/kernel", "point/kernel", "scale", "bias")
 def nnx_rep(channels):
     """Flax NNX: branches with BatchNorm, then an expanded kernel."""
     model = NnxRep(channels, nnx.Rngs(0))
     graph, params, stats, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
 
     def apply_fn(params, stats, x):
-        return nnx.merge(graph, params, stats, rest)(x)
+        own = jax.tree.map(lambda s: s, stats)  # the model moves its statistics in place
+        return nnx.merge(graph, params, own, rest)(x)
 
     return apply_fn, params, with_extra(images(channels), zoo.cast(stats, jnp.float64))
