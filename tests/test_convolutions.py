@@ -20,8 +20,10 @@ from fcjax import expressions as ex
 from fcjax import trace
 from fcjax.expressions import Unrepresentable
 from fcjax.parts import Convolution, recipe
-from fcjax.plan import always_fold
+from fcjax.plan import always_fold, plan
 from fcjax.primitives import RULES
+from fcjax.transform import DATA, PARAM
+from fcjax.written import written
 
 
 def conv(x, kernel, stride=1, padding="SAME", spread=1, dilation=1, groups=1):
@@ -321,6 +323,149 @@ def test_random_chains_have_the_values_and_gradients_of_backprop(chain):
     expected = jax.jit(both(apply_fn), compiler_options=QUICK)(params, x)
     for actual, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         assert relative_deviation(actual, wanted, floor=1e-3) <= 1e-11
+
+
+# --- loops, transformations, precision ----------------------------------------------------------
+
+
+def expanded(params, x):
+    return conv(conv(conv(x, params[0]), params[1]) + params[3], params[2])
+
+
+EXPANDED = [(1, 1, 3, 7), (3, 3, 7, 7), (1, 1, 7, 3), (7,)]
+
+
+def recurrent(params, x):
+    def step(state, x_t):
+        return jnp.tanh(expanded(params, state) + x_t), None
+
+    return jax.lax.scan(step, jnp.zeros_like(x), jnp.stack([x, 0.5 * x, -x]))[0]
+
+
+def ensemble(params, x):
+    members = [jnp.stack([p, -0.5 * p]) for p in params]
+    return jnp.sum(jax.vmap(lambda p: jnp.tanh(expanded(p, x)))(members), 0)
+
+
+PROGRAMS = {
+    "jit": jax.jit(expanded),
+    "remat": jax.checkpoint(lambda p, x: jnp.tanh(expanded(p, x))),
+    "scan": recurrent,
+    "vmap over parameters": ensemble,
+    "vmap over images": lambda p, x: jax.vmap(lambda row: expanded(p, row[None])[0])(x),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_structured_programs_have_the_gradients_of_backprop(name):
+    apply_fn, params, (x,) = PROGRAMS[name], arrays(*EXPANDED), arrays(X)
+
+    def gradients(apply):
+        return jax.grad(lambda p, x: jnp.sum(jnp.sin(apply(p, x))), (0, 1))
+
+    with always_fold():
+        fc = fcjax.front_contribute(apply_fn, params, x)
+        assert "collapse" in {row.rule for row in fc.report}
+        actual = jax.jit(gradients(fc.apply), compiler_options=QUICK)(params, x)
+    expected = jax.jit(gradients(apply_fn), compiler_options=QUICK)(params, x)
+    assert relative_deviation(actual, expected) <= 1e-11
+
+
+def test_kernel_of_a_loop_is_formed_before_it():
+    params, (x,) = arrays(*EXPANDED), arrays(X)
+    with always_fold():
+        fc = fcjax.front_contribute(recurrent, params, x)
+        body = trace.flatten(jax.make_jaxpr(fc.apply)(params, x))
+    (loop,) = [e.source for e in body.equations if e.name == "scan"]
+    inside = [e.name for e in trace.flatten(loop.params["jaxpr"]).equations]
+    assert inside.count("conv_general_dilated") == 1
+    assert inside.count("dot_general") == 1  # what becomes of the bias, a vector
+
+
+def test_forward_mode_works():
+    params, (x,) = arrays(*EXPANDED), arrays(X)
+    with always_fold():
+        fc = fcjax.front_contribute(expanded, params, x)
+        actual = jax.jvp(fc.apply, (params, x), (params, x))
+    near = jax.jvp(expanded, (params, x), (params, x))
+    assert relative_deviation(actual, near) <= 1e-11
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+def test_narrow_gradients_are_near_those_of_backprop_in_float64(dtype, limit):
+    params, (x,) = [0.2 * p for p in arrays(*EXPANDED)], arrays(X)
+
+    def gradients(apply, params, x):
+        return jax.grad(lambda p: jnp.sum(jnp.sin(apply(p, x).astype(jnp.float32))))(params)
+
+    def cast(params, x):
+        return expanded([p.astype(dtype) for p in params], x.astype(dtype))
+
+    stored = [p.astype(jnp.float32) for p in params]
+    with always_fold():
+        fc = fcjax.front_contribute(cast, stored, x.astype(jnp.float32))
+        actual = gradients(fc.apply, stored, x.astype(jnp.float32))
+    assert {leaf.dtype for leaf in actual} == {jnp.dtype(jnp.float32)}
+    assert relative_deviation(actual, gradients(expanded, params, x), floor=0.1) <= limit
+
+
+# --- what pays ----------------------------------------------------------------------------------
+
+
+def priced(fn, shapes, x):
+    """The plan of ``fn(params, x)`` with prices in force."""
+    params = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    data = jax.ShapeDtypeStruct(x, jnp.float32)
+    body = trace.flatten(jax.make_jaxpr(fn)(params, data))
+    return plan(written(body, [PARAM] * len(params) + [DATA]))
+
+
+IMAGES = (32, 32, 32, 32)
+AS_WRITTEN = {
+    "plain": (lambda p, x: jax.nn.relu(conv(jax.nn.relu(conv(x, p[0])), p[1]) + p[2]),
+              [(3, 3, 32, 64), (3, 3, 64, 32), (32,)]),
+    "residual": (
+        lambda p, x: jax.nn.relu(x + conv(jax.nn.relu(conv(x, p[0]) + p[2]), p[1]) + p[2]),
+        [(3, 3, 32, 32), (3, 3, 32, 32), (32,)],
+    ),
+    "shortcut with stride": (
+        lambda p, x: conv(jax.nn.relu(conv(x, p[0], 2)), p[1]) + conv(x, p[2], 2),
+        [(3, 3, 32, 64), (3, 3, 64, 64), (1, 1, 32, 64)],
+    ),
+    "depthwise then pointwise": (lambda p, x: conv(conv(x, p[0], groups=32), p[1]),
+                                 [(3, 3, 1, 32), (1, 1, 32, 64)]),
+    "narrow between": (lambda p, x: conv(conv(x, p[0]), p[1]), [(1, 1, 32, 4), (3, 3, 4, 32)]),
+    "two small kernels": (lambda p, x: conv(conv(x, p[0], padding="VALID"), p[1], padding="VALID"),
+                          [(3, 3, 32, 32), (3, 3, 32, 32)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AS_WRITTEN)
+def test_what_does_not_pay_runs_as_written(name):
+    assert priced(*AS_WRITTEN[name], IMAGES).is_trivial
+
+
+PAYS = {
+    "expanded": (expanded, [(1, 1, 32, 128), (3, 3, 128, 128), (1, 1, 128, 32), (128,)]),
+    "wide between two small kernels": (
+        lambda p, x: conv(conv(x, p[0], padding="VALID"), p[1], padding="VALID"),
+        [(3, 3, 32, 256), (3, 3, 256, 32)],
+    ),
+    "branches": (lambda p, x: conv(x, p[0]) + conv(x, p[1]) + x, [(3, 3, 32, 32), (1, 1, 32, 32)]),
+    "before average pooling": (lambda p, x: nn.avg_pool(conv(x, p[0]), (2, 2), (2, 2)),
+                               [(3, 3, 32, 32)]),
+    "pointwise before global pooling": (lambda p, x: jnp.mean(conv(x, p[0]), (1, 2)),
+                                        [(1, 1, 32, 128)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAYS)
+def test_what_pays_is_folded(name):
+    planned = priced(*PAYS[name], IMAGES)
+    kept, _ = left(planned)
+    assert kept == []
+    assert len(planned.recipes) == 1
+    assert planned.after.time < planned.before.time
 
 
 # --- what is refused ----------------------------------------------------------------------------
