@@ -1,9 +1,10 @@
 """Computes a recipe on arrays. Everything here is traced by jax, so it differentiates itself."""
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -58,9 +59,11 @@ def evaluate(recipe: Recipe, env: Env, formed: Formed) -> Array:
       an array of the recipe's shape and dtype.
     """
     expr = recipe.expr
+    order = sorted(enumerate(recipe.parts), key=lambda numbered: _rank(numbered[1], expr))
+    values = [(_part(recipe, i, env, formed), _windows(part)) for i, part in order]
     total: Array | None = None
-    for i, _ in sorted(enumerate(recipe.parts), key=lambda numbered: _rank(numbered[1], expr)):
-        value = _laid_out(_part(recipe, i, env, formed), expr)
+    for named in _put_in_place(values, expr):
+        value = _laid_out(named, expr)
         total = value if total is None else total + value
     if total is None:
         total = jnp.zeros((), expr.dtype)
@@ -159,8 +162,6 @@ def _product(
         value = _summed(value, keep)
         if term.scale != 1.0:
             value = dataclasses.replace(value, array=value.array * term.scale)
-    for window in term.windows:
-        value = _placed(value, window, expr.free)
     return value
 
 
@@ -280,10 +281,7 @@ def _convolution(part: Convolution, weight: Named, expr: Expr, env: Env) -> Name
         part.grids, _total(groups), expr.precision if rows.data else lax.Precision.HIGHEST,
     )  # fmt: skip
     labels = (*examples, *(g.out for g in part.grids), *groups, *out)
-    value = Named(made.reshape([label.size for label in labels]), labels, rows.data or weight.data)
-    for window in part.windows:
-        value = _placed(value, window, expr.free)
-    return value
+    return Named(made.reshape([label.size for label in labels]), labels, rows.data or weight.data)
 
 
 def _total(labels: Sequence[Label]) -> int:
@@ -393,6 +391,61 @@ def _ordered(value: Named, labels: tuple[Label, ...]) -> Array:
     present = [label for label in labels if label in value.labels]
     array = jnp.transpose(value.array, [value.labels.index(label) for label in present])
     return array.reshape([label.size if label in value.labels else 1 for label in labels])
+
+
+def _windows(part: Part) -> tuple[Window, ...]:
+    """The windows that put the result of a part in its place."""
+    if isinstance(part, Product):
+        return part.term.windows
+    return part.windows if isinstance(part, Convolution) else ()
+
+
+def _put_in_place(
+    values: Sequence[tuple[Named, tuple[Window, ...]]], expr: Expr
+) -> Iterator[Named]:
+    """Values where windows put them; pieces that fill an axis between them are joined."""
+    pieces: dict[Label, list[tuple[Named, Window]]] = {}
+    for value, windows in values:
+        if len(windows) == 1 and all(abs(by) == 1 for _, by in windows[0].steps):
+            (out,) = windows[0].labels & expr.free
+            pieces.setdefault(out, []).append((value, windows[0]))
+        else:
+            yield functools.reduce(lambda v, w: _placed(v, w, expr.free), windows, value)
+    for out, own in pieces.items():
+        if _fills(out, own):
+            yield _joined(out, own, expr)
+        else:
+            yield from (_placed(value, window, expr.free) for value, window in own)
+
+
+def _span(out: Label, window: Window) -> tuple[int, int]:
+    """Where the piece that a window puts into ``out`` starts and ends."""
+    (read,) = window.labels - {out}
+    start = -window.by(out) * window.offset
+    return start, start + read.size
+
+
+def _fills(out: Label, pieces: Sequence[tuple[Named, Window]]) -> bool:
+    spans = sorted({_span(out, window) for _, window in pieces})
+    return [0, *(end for _, end in spans)] == [*(start for start, _ in spans), out.size]
+
+
+def _joined(out: Label, pieces: Sequence[tuple[Named, Window]], expr: Expr) -> Named:
+    """Pieces that fill an axis, those at the same place added up."""
+    labels = tuple(itertools.chain(*expr.dims))
+    axis = labels.index(out)
+    at: dict[tuple[int, int], Array] = {}
+    for value, window in pieces:
+        (read,) = window.labels - {out}
+        array = _ordered(value, tuple(read if x is out else x for x in labels)).astype(expr.dtype)
+        span = _span(out, window)
+        at[span] = at[span] + array if span in at else array
+    sizes = [label.size for label in labels]
+    whole = [
+        jnp.broadcast_to(at[span], [*sizes[:axis], span[1] - span[0], *sizes[axis + 1 :]])
+        for span in sorted(at)
+    ]
+    return Named(jnp.concatenate(whole, axis), labels, True)
 
 
 def _placed(value: Named, window: Window, free: frozenset[Label]) -> Named:

@@ -152,7 +152,8 @@ def recipe(expr: Expr, runs: int = 1) -> Recipe:
     chosen = _with_convolutions([tuple(group) for group in groups.values()], expr, runs)
     parts = tuple(part for option, _ in chosen for part in option)
     cost = sum((cost for _, cost in chosen), Cost())
-    if not any(_contracts(part, expr) for part in parts):
+    placed = any(t.windows and not kernels.has_taps(t) for t in expr.terms)
+    if placed or not any(_contracts(part, expr) for part in parts):
         cost = cost + contraction.written(_whole(expr))
     return Recipe(expr, parts, cost)
 

@@ -135,7 +135,7 @@ class _Reader:
                 self._compute(made_value)
 
     def _cut_products(self, equation: Equation) -> None:
-        """Makes roots of products that are summed, or added where one product could do for both."""
+        """Makes roots of products that are summed, joined, or added where one could do for both."""
         made = [v for v in equation.values if v in self.seen and _is_linear_product(self.seen[v])]
         if equation.name in ("add", "add_any", "sub") and len(equation.values) == 2:
             one, other = equation.values
@@ -143,7 +143,7 @@ class _Reader:
             made = [
                 v for v in made if alike or (_has_taps(self.seen[v]) and self._reads(one, other))
             ]
-        elif equation.name != "reduce_sum":
+        elif equation.name not in ("reduce_sum", "concatenate"):
             return
         for value in made:
             self._compute(value)
