@@ -190,6 +190,11 @@ OTHERS = {
         lambda p, x: conv(jnp.broadcast_to((x[:, :1] @ p[0]), (2, 8, 8, 4)), p[1]),
         [(3, 4), (3, 3, 4, 2)],
     ),
+    "nearest upsampling before": (
+        lambda p, x: conv(
+            jnp.broadcast_to(x[:, :, None], (2, 8, 2, 8, 3)).reshape(2, 16, 8, 3), p[0]),
+        [(3, 3, 3, 2)],
+    ),
     "circular": (
         lambda p, x: conv(jnp.concatenate([x[:, -1:], x, x[:, :1]], 1) @ p[0], p[1],
                           padding="VALID"),
