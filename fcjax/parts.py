@@ -16,16 +16,18 @@ these a value uses is decided here, by price; nothing is computed yet.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from fcjax import contraction
+from fcjax import contraction, kernels
 from fcjax.contraction import Cost, Operand, Order
-from fcjax.expressions import Expr, Factor, Label, Term, Unrepresentable, term_key
+from fcjax.expressions import Expr, Factor, Label, Term, Unrepresentable, Window, term_key
+from fcjax.kernels import Grid, Place, View
 from fcjax.squares import Square
 
 __all__ = [
+    "Convolution",
     "Linear",
     "MeanSquare",
     "Part",
@@ -117,7 +119,32 @@ class RowSquare:
         return self.inner.rows
 
 
-Part = Product | Linear | MeanSquare | RowSquare
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """``rows * Z`` with ``Z`` the sum of ``weights``, each at its place among the taps.
+
+    Attributes:
+      rows: the factor that is convolved, not centred; None for ones.
+      ones: labels along which the rows are repeated.
+      grids: the axes of space.
+      weights: the products whose sum is Z.
+      places: where each stands in Z.
+      weight_labels: the axes of Z: taps first.
+      kept: the labels of the result.
+      windows: those that put the result in its place in the value.
+    """
+
+    rows: Factor | None
+    ones: tuple[Label, ...]
+    grids: tuple[Grid, ...]
+    weights: tuple[Product, ...]
+    places: tuple[Place, ...]
+    weight_labels: tuple[Label, ...]
+    kept: frozenset[Label]
+    windows: tuple[Window, ...]
+
+
+Part = Product | Linear | MeanSquare | RowSquare | Convolution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,15 +196,24 @@ def _expanded(expr: Expr, runs: int) -> Recipe:
         rows, scales, _ = _roles(term, expr)
         key = _signature(rows, scales, expr) if rows and not term.windows else id(term)
         groups.setdefault(key, []).append(term)
-    return _whole_recipe(expr, [_cheapest(tuple(group), expr, runs) for group in groups.values()])
+    chosen = _with_convolutions([tuple(group) for group in groups.values()], expr, runs)
+    return _whole_recipe(expr, chosen)
 
 
 def _whole_recipe(expr: Expr, chosen: "Sequence[Option]", square: Square | None = None) -> Recipe:
     parts = tuple(part for option, _ in chosen for part in option)
     cost = sum((cost for _, cost in chosen), Cost())
-    if not any(_contracts(part, expr) for part in parts):
-        cost = cost + contraction.written(_whole(expr))
+    cost = cost + contraction.written(_whole(expr)) * _additions(parts, expr)
     return Recipe(expr, parts, cost, square)
+
+
+def _additions(parts: Sequence[Part], expr: Expr) -> int:
+    """How often the whole value is written beside what its products write by themselves."""
+    products = [part for part in parts if _contracts(part, expr)]
+    if not products or any(t.windows and not kernels.has_taps(t) for t in expr.terms):
+        return 1
+    of_data = [p for p in products if not isinstance(p, Product) or p.term.degree]
+    return max(len(of_data) - 1, 0)
 
 
 def _whole(expr: Expr) -> Operand:
@@ -188,6 +224,8 @@ def _whole(expr: Expr) -> Operand:
 
 def _contracts(part: Part, expr: Expr) -> bool:
     """Whether the part writes an array of the value's own size by itself."""
+    if isinstance(part, Convolution):
+        return part.rows is not None and part.rows.is_data
     labels = part.term.labels if isinstance(part, Product) else part.rows.labels
     return not labels <= expr.free and contraction.size(labels & expr.free) > 0
 
@@ -278,7 +316,7 @@ def _product(term: Term, expr: Expr, runs: int, keep: frozenset[Label] | None = 
 
 def computed_over(term: Term, free: frozenset[Label]) -> frozenset[Label]:
     """The labels a windowed term is computed over before it is put in place."""
-    return (free - {w.outer for w in term.windows}) | {w.inner for w in term.windows}
+    return kernels.computed_over(free, term.windows)
 
 
 def _is_one_pass(term: Term, expr: Expr) -> bool:
@@ -317,9 +355,7 @@ def _effective(group: tuple[Term, ...], expr: Expr, runs: int) -> tuple[Linear, 
     labels = tuple(sorted(inside, key=_position(row, expr)))
     built = [_product(t, expr, runs, inside) for t in split]
     cost = sum((c for _, c in built), Cost())
-    once = all(f.leaf.invariant and not f.is_data for t in split for f in t.factors)
-    trainable = any(f.leaf.trainable for t in split for f in t.factors)
-    weight = Operand(inside, trainable, once, np.dtype(expr.dtype).itemsize)
+    weight = _effective_weight(split, inside, expr)
     if row.centred & expr.free and row.centred - expr.free:
         raise Unrepresentable("a mean over both summed and free labels")
     part = Linear(
@@ -428,6 +464,89 @@ def _row_square_cost(rows: Operand, weight: Operand, over: frozenset[Label]) -> 
     copies = contraction.written(dataclasses.replace(rows, trainable=False)) * passes
     small = Cost(time=(TRIANGLE + passes) * squares, flops=(2 + passes) * squares)
     return small + Cost(time=work * passes, flops=work * passes) + Cost(time=copies.time)
+
+
+# --- convolutions -------------------------------------------------------------------------------
+
+
+def _with_convolutions(groups: Sequence[tuple[Term, ...]], expr: Expr, runs: int) -> list[Option]:
+    """The options for groups of terms; what sees the data on the same taps may share a kernel."""
+    tapped = [group for group in groups if kernels.has_taps(group[0])]
+    others = [group for group in groups if not kernels.has_taps(group[0])]
+    if not tapped:
+        return [_cheapest(group, expr, runs) for group in others]
+    apart: list[Option] = []
+    found: list[tuple[tuple[View, ...], Option]] = []
+    for group in (*tapped, *others):
+        views = _views(group, expr)
+        alone = _convolution(views, expr, runs) if group in tapped else _cheapest(group, expr, runs)
+        assert alone is not None
+        joined = next(_joining(found, views, alone, expr, runs), None) if views else None
+        if joined is not None:
+            k, together = joined
+            found[k] = ((*found[k][0], *views), together)
+        elif group in tapped:
+            found.append((views, alone))
+        else:
+            apart.append(alone)
+    return [*(option for _, option in found), *apart]
+
+
+def _views(group: Sequence[Term], expr: Expr) -> tuple[View, ...]:
+    """How terms see the data, if they could be part of a convolution."""
+    views = []
+    for term in group:
+        rows, scales, weights = _roles(term, expr)
+        if kernels.has_taps(term):
+            if len(rows) > 1 or scales:
+                raise Unrepresentable("a window over a product of two activations")
+        elif len(rows) != 1 or scales or rows[0].centred:
+            return ()
+        views.append(kernels.view(term, rows[0] if rows else None, weights, expr.free))
+    return tuple(views)
+
+
+def _joining(
+    found: Sequence[tuple[tuple[View, ...], Option]], views: tuple[View, ...], alone: Option,
+    expr: Expr, runs: int,
+) -> Iterator[tuple[int, Option]]:  # fmt: skip
+    """The convolutions that are no dearer with further terms in their kernels than beside them."""
+    addition = contraction.written(_whole(expr)).time
+    for k, (own, (_, cost)) in enumerate(found):
+        together = _convolution((*own, *views), expr, runs)
+        if together is not None and together[1].time <= cost.time + alone[1].time + addition:
+            yield k, together
+
+
+def _convolution(views: tuple[View, ...], expr: Expr, runs: int) -> Option | None:
+    """All terms of a group through one kernel, if there is one."""
+    shared, kept = kernels.share(views), views[0].kept
+    if shared is None:
+        return None
+    built = [
+        _product(weight, expr, runs, shared.inside(i, kept))
+        for i, weight in enumerate(shared.weights)
+    ]
+    labels = shared.labels(kept, tuple(itertools.chain(*expr.dims)))
+    kernel = _effective_weight(shared.weights, labels, expr)
+    trainable = shared.rows is not None and shared.rows.leaf.trainable
+    rows = Operand(shared.seen, trainable, False, np.dtype(expr.dtype).itemsize)
+    _, cost = contraction.pair(rows, kernel, kept, runs)
+    if shared.is_assembled:
+        cost = cost + contraction.written(kernel)
+    part = Convolution(
+        shared.rows, shared.ones, shared.grids, tuple(p for p, _ in built), shared.places, labels,
+        kept, views[0].windows,
+    )  # fmt: skip
+    return (part,), sum((c for _, c in built), cost)
+
+
+def _effective_weight(terms: Sequence[Term], labels: Iterable[Label], expr: Expr) -> Operand:
+    """An effective weight that terms add up to, as far as its price is concerned."""
+    factors = [f for t in terms for f in t.factors]
+    once = all(f.leaf.invariant and not f.is_data for f in factors)
+    trainable = any(f.leaf.trainable for f in factors)
+    return Operand(frozenset(labels), trainable, once, np.dtype(expr.dtype).itemsize)
 
 
 # --- mean squares -------------------------------------------------------------------------------

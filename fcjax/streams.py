@@ -96,7 +96,10 @@ def _may_be_centred(network: Written, value: Value, axis: int) -> bool:
 
 
 def _is_elementwise(term: Term, expr: Expr) -> bool:
-    return computed_over(term, expr.free) >= term.labels - {w.outer for w in term.windows}
+    try:
+        return term.labels - expr.free <= computed_over(term, expr.free)
+    except Unrepresentable:  # a window that sums over the taps of a kernel
+        return False
 
 
 def _uses(network: Written) -> dict[Stream, set[Stream | None]]:
