@@ -205,7 +205,10 @@ def _squares(sizes: Array, offsets: Array) -> Array:
         value = jnp.sum(jnp.log(t + column), axis=0) - target
         return tau - value / jnp.sum(t / (t + column), axis=0)
 
-    tau = lax.fori_loop(0, NEWTON_STEPS, step, target / count)
+    def solved(tau: Array) -> Array:
+        return lax.fori_loop(0, NEWTON_STEPS, step, tau)
+
+    tau = lax.cond(jnp.any(offsets > 0), solved, lambda tau: tau, target / count)
     return jnp.exp(tau) + column
 
 
