@@ -27,6 +27,9 @@ __all__ = ["Linear", "MeanSquare", "Part", "Product", "Recipe", "computed_over",
 
 MOMENTS = 3.0
 """Products of the rows with a matrix of their own width that a mean square takes."""
+APART = 1.1
+"""How much more than its price a product with separate orders takes: on a CPU, three sizes whose
+prices were 4%, 9% and 17% below those as written took 6% more, the same and 7% less time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +292,7 @@ def _apart(group: tuple[Term, ...], expr: Expr) -> Option:
         apart.append(product)
         if any(o.trainable for o in operands):
             cost = cost + contraction.backward(product.order, operands, expr.free)
+    cost = dataclasses.replace(cost, time=APART * cost.time)
     return (dataclasses.replace(linear, apart=tuple(apart)),), cost
 
 
