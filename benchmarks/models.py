@@ -575,8 +575,8 @@ def low_rank_adapters(params: list[dict[str, Array]], x: Array) -> Array:
     return x
 
 
-def adapters(width: int = 512, rank: int = 8, rows: int = 4096) -> Network:
-    """Two adapted layers of width 512."""
+def adapters(name: str, width: int, rank: int, rows: int, prediction: float) -> Network:
+    """Two adapted layers."""
     layers = [
         {
             "frozen": w,
@@ -586,9 +586,7 @@ def adapters(width: int = 512, rank: int = 8, rows: int = 4096) -> Network:
         for i, w in enumerate(kernels((width,) * 3))
     ]
     x, target = normal(1, rows, width), normal(3, rows, width)
-    return Network(
-        "lora", low_rank_adapters, layers, x, target, squared_error, Bar(), prediction=1.0
-    )
+    return Network(name, low_rank_adapters, layers, x, target, squared_error, Bar(), prediction)
 
 
 def recurrence(params: dict[str, Array], x: Array) -> Array:
@@ -742,7 +740,8 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "bottleneck-512": lambda: linear("bottleneck-512", (512, 128, 128, 512), 8192, Bar(), 1.0),
     "square-256": lambda: linear("square-256", (256,) * 5, 256, Bar(), 1.0),
     "relu-mlp": plain_relu,
-    "lora": adapters,
+    "lora": lambda: adapters("lora", 512, 8, 4096, 1.0),
+    "lora-256": lambda: adapters("lora-256", 256, 8, 16384, 1.07),
     "expandnet": expand_net,
     "repvgg": rep_vgg,
     "mobile-bottleneck": lambda: with_batch_norm("mobile-bottleneck", MobileBottleneck(), 16),

@@ -44,6 +44,9 @@ TRIANGLE = 10.0
 """Products of the weight with itself that a triangular factor of it takes the time of."""
 MUCH_WIDER = 2.0
 """A product must be this many times wider than its rows for its norms to be taken without it."""
+APART = 1.1
+"""How much more than its price a product with separate orders takes: on a CPU, three sizes whose
+prices were 4%, 9% and 17% below those as written took 6% more, the same and 7% less time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,6 +389,7 @@ def _apart(group: tuple[Term, ...], expr: Expr) -> Option:
         apart.append(product)
         if any(o.trainable for o in operands):
             cost = cost + contraction.backward(product.order, operands, expr.free)
+    cost = dataclasses.replace(cost, time=APART * cost.time)
     return (dataclasses.replace(linear, apart=tuple(apart)),), cost
 
 
