@@ -95,7 +95,7 @@ class Recipe:
     cost: Cost
 
 
-def recipe(expr: Expr, runs: int = 1) -> Recipe:
+def recipe(expr: Expr, runs: float = 1) -> Recipe:
     """Chooses the cheapest parts for ``expr``.
 
     Args:
@@ -118,7 +118,8 @@ def recipe(expr: Expr, runs: int = 1) -> Recipe:
     parts = tuple(part for option, _ in chosen for part in option)
     cost = sum((cost for _, cost in chosen), Cost())
     if not any(_contracts(part, expr) for part in parts):
-        cost = cost + contraction.written(_whole(expr))
+        whole = _whole(expr)
+        cost = cost + contraction.written(whole) * (1 / runs if whole.once else 1.0)
     return Recipe(expr, parts, cost)
 
 
@@ -171,7 +172,7 @@ def _signature(rows: Sequence[Factor], scales: Sequence[Factor], expr: Expr) -> 
 Option = tuple[tuple[Part, ...], Cost]
 
 
-def _cheapest(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
+def _cheapest(group: tuple[Term, ...], expr: Expr, runs: float) -> Option:
     square = _mean_square(group[0], expr, runs)
     if square is not None:
         return square
@@ -200,7 +201,7 @@ def _operand(factor: Factor) -> Operand:
     return Operand(factor.labels, leaf.trainable, once, np.dtype(leaf.dtype).itemsize)
 
 
-def _product(term: Term, expr: Expr, runs: int, keep: frozenset[Label] | None = None):
+def _product(term: Term, expr: Expr, runs: float, keep: frozenset[Label] | None = None):
     """A term by itself, over the labels ``keep`` (those of the value by default)."""
     keep = computed_over(term, expr.free) if keep is None else keep
     if not term.factors:
@@ -233,7 +234,7 @@ def _is_one_pass(term: Term, expr: Expr) -> bool:
     return len(rows) == 2 and any(f.labels - expr.free for f in weights)
 
 
-def _linear(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
+def _linear(group: tuple[Term, ...], expr: Expr, runs: float) -> Option:
     """All terms of a group through one effective weight."""
     rows, scales, _ = _roles(group[0], expr)
     (row,) = rows
@@ -288,7 +289,7 @@ def _weight_term(term: Term, row: Factor, expr: Expr) -> Term:
 # --- mean squares -------------------------------------------------------------------------------
 
 
-def _mean_square(term: Term, expr: Expr, runs: int) -> Option | None:
+def _mean_square(term: Term, expr: Expr, runs: float) -> Option | None:
     """Recognises ``sum_n z z W W'`` with z centred over n and W, W' the same weight."""
     data = [f for f in term.factors if f.is_data]
     if len(data) != 2 or term.windows or not data[0].centred or data[0].leaf != data[1].leaf:

@@ -109,7 +109,7 @@ class Plan:
     boundaries: frozenset[Equation]
     before: Cost
     after: Cost
-    runs: int
+    runs: float
 
     @functools.cached_property
     def is_trivial(self) -> bool:
@@ -167,7 +167,7 @@ def _price(network: Written) -> Cost:
     return sum((_priced(expr, network.runs).cost for expr in network.roots.values()), fixed)
 
 
-def _priced(expr: Expr, runs: int) -> Recipe:
+def _priced(expr: Expr, runs: float) -> Recipe:
     try:
         return recipe(expr, runs)
     except Unrepresentable:  # computed as written, at a price nobody compares with
@@ -204,7 +204,7 @@ class _Search:
         roots: dict[Value, Expr],
         hard: Set[Value],
         objective: Literal["time", "memory"],
-        runs: int,
+        runs: float,
     ) -> None:
         self.hard = hard
         self.objective = objective
@@ -278,7 +278,7 @@ class _Search:
             smaller = after.held < limit * before.held
             same = after.held <= before.held and after.time <= limit * before.time
             return (smaller and after.time <= SLOWEST * before.time) or same
-        smaller = after.held <= CLEARLY_LESS * before.held
+        smaller = before.held > 0 and after.held <= CLEARLY_LESS * before.held
         return after.time <= (1 + TIE if smaller else limit) * before.time
 
     def _apply(

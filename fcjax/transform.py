@@ -1,6 +1,5 @@
 """``front_contribute``: the library's one transform, and the object it returns."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -8,11 +7,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array
 
 from fcjax import check, trace
 from fcjax import report as reporting
+from fcjax.calls import Call
 from fcjax.errors import NotFoldableError
 from fcjax.names import path_name
 from fcjax.plan import Plan, folds_always, plan
@@ -132,7 +130,7 @@ class FrontContribution:
         self.paths = self._tree.paths
         self._avals = tuple(jax.typeof(leaf) for leaf in self._tree.leaves)
         self._compiled: dict[Hashable, _Compiled] = {}
-        call = _Call.of(example_args, {})
+        call = Call.of(example_args, {})
         body, out_structure = self._trace(self._avals, call)
         self._reduction = nothing(self._tree)
         network = self._written(body, call)
@@ -177,7 +175,7 @@ class FrontContribution:
           (5, 3)
         """
         leaves = self._leaves(params, self.contributions["frozen"])
-        call = _Call.of(args, kwargs)
+        call = Call.of(args, kwargs)
         self._reduction.refuse_outside(call.arrays)
         running = self._reduction.running(leaves, self.contributions)
         compiled = self._compile(running, call)
@@ -213,7 +211,7 @@ class FrontContribution:
           [[0.0, 2.0, 4.0]]
         """
         leaves = self._leaves(params, contributions["frozen"])
-        call = _Call.of(args, kwargs)
+        call = Call.of(args, kwargs)
         running = self._reduction.running(leaves, contributions)
         compiled = self._compile(running, call)
         own = {id(a): i for i, (_, a) in enumerate(self._example.body.constants)}
@@ -288,7 +286,7 @@ class FrontContribution:
 
     # --- tracing and planning, once for every set of shapes ---
 
-    def _compile(self, running: Sequence[Any], call: "_Call") -> "_Compiled":
+    def _compile(self, running: Sequence[Any], call: Call) -> "_Compiled":
         avals = [self._original(i, jax.typeof(x)) for i, x in enumerate(running)]
         key = self._key(avals, call)
         found = self._compiled.get(key)
@@ -304,12 +302,12 @@ class FrontContribution:
         shape = self._avals[leaf].shape
         return aval if aval.shape == shape else jax.core.ShapedArray(shape, aval.dtype)
 
-    def _key(self, avals: Sequence[Any], call: "_Call") -> Hashable:
+    def _key(self, avals: Sequence[Any], call: Call) -> Hashable:
         of_call = tuple(jax.typeof(x) for x in call.arrays)
         precision = jax.config.values["jax_default_matmul_precision"]
         return tuple(avals), of_call, call.static, folds_always(), precision
 
-    def _trace(self, avals: Sequence[Any], call: "_Call") -> tuple[Body, Any]:
+    def _trace(self, avals: Sequence[Any], call: Call) -> tuple[Body, Any]:
         """The network on its original parameters, and the structure of what it returns."""
         count = len(avals)
 
@@ -322,7 +320,7 @@ class FrontContribution:
             jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*avals, *call.arrays)
         return trace.flatten(jaxpr), jax.tree.structure(shapes)
 
-    def _written(self, body: Body, call: "_Call") -> Written:
+    def _written(self, body: Body, call: Call) -> Written:
         followers = self._reduction.followers
         of_params = [
             PARAM if trained and leaf not in followers else FROZEN
@@ -365,36 +363,6 @@ class FrontContribution:
 
 
 # --- one traced and planned call ----------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """Arguments of a call, arrays apart from what is fixed while tracing.
-
-    Attributes:
-      arrays: the array arguments in flattening order.
-      static: the structure and everything in it that is no array.
-    """
-
-    arrays: tuple[Any, ...]
-    static: tuple[Any, tuple[Any, ...]]
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call":
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        arrays = (Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
-        is_array = [isinstance(x, arrays) for x in leaves]
-        fixed = tuple(None if a else x for x, a in zip(leaves, is_array, strict=True))
-        marks = tuple(is_array)
-        return cls(
-            tuple(x for x, a in zip(leaves, is_array, strict=True) if a),
-            (structure, tuple(zip(marks, fixed, strict=True))),
-        )
-
-    def rebuild(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        structure, marked = self.static
-        given = iter(arrays)
-        return jax.tree.unflatten(structure, [next(given) if a else x for a, x in marked])
 
 
 class _Compiled:

@@ -1,0 +1,217 @@
+"""The plan of a network whose parameters are constant: what is kept of them, and what reads it."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jax import Array
+
+from fcjax import ahead, forming
+from fcjax.expressions import Expr, Unrepresentable
+from fcjax.forming import Formed, Lowered
+from fcjax.parts import recipe
+from fcjax.plan import Plan, plan
+from fcjax.trace import Body, Equation, Kind, Value
+from fcjax.written import Written, written
+
+__all__ = ["Kept", "Merging", "merging"]
+
+PARAM = Kind("param", trainable=False)
+DATA = Kind("data", trainable=False, invariant=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """An array that the merged network reads.
+
+    Attributes:
+      value: what it is called in the merged network.
+      identity: equal for equal computations, whatever the shapes of the call.
+      sources: the numbers of the parameters it is made of.
+      formed: how it is made if it is an effective weight or bias, else None.
+    """
+
+    value: Value
+    identity: str
+    sources: tuple[int, ...]
+    formed: Formed | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Merging:
+    """A merged network.
+
+    Attributes:
+      plan: how it is computed; its inputs are what is kept, then the arguments.
+      kept: what is kept; equal arrays have equal identities.
+      before: the body as written.
+    """
+
+    plan: Plan
+    kept: tuple[Kept, ...]
+    before: Body
+
+    def arrays(self, leaves: Sequence[Any], constants: Sequence[Any]) -> list[Array]:
+        """Computes what is kept.
+
+        Args:
+          leaves: the parameters.
+          constants: one array for each constant of the body.
+        """
+        env = dict(zip(self.before.inputs, leaves, strict=False))
+        env |= {v: c for (v, _), c in zip(self.before.constants, constants, strict=True)}
+        wanted = [k.value for k in self.kept if k.formed is None]
+        formed = [k.formed for k in self.kept if k.formed is not None]
+        wanted += [v for f in formed for v in f.recipe.expr.leaves]
+        env = ahead.compute(self.before, wanted, env)
+        return [env[k.value] if k.formed is None else k.formed.compute(env) for k in self.kept]
+
+
+def merging(body: Body, names: Sequence[str]) -> Merging:
+    """Merges a network.
+
+    Prices are those of an evaluation for which products of parameters are free. They grow with the
+    number of rows alike, whichever way a segment is computed, so the choice does not depend on it.
+
+    Args:
+      body: the network; its first inputs are the parameters.
+      names: the names of the parameters.
+    """
+    arguments = len(body.inputs) - len(names)
+    of_inputs = [*itertools.repeat(PARAM, len(names)), *itertools.repeat(DATA, arguments)]
+    network = written(body, of_inputs, math.inf, ahead.kinds)
+    return _Merger(network, plan(network), names).run()
+
+
+class _Merger:
+    """Sweeps back from the outputs and keeps what is known ahead where it meets data."""
+
+    def __init__(self, network: Written, planned: Plan, names: Sequence[str]) -> None:
+        self.body = network.body
+        self.known = network.known
+        self.planned = planned
+        self.lowered = dict(self._segments())
+        self.inputs = self.body.inputs[: len(names)]
+        self.identities = ahead.identities(
+            self.body, self.known, dict(zip(self.inputs, names, strict=True))
+        )
+        self.sources = _sources(self.body, self.inputs)
+
+    def run(self) -> Merging:
+        """The merged network."""
+        equations, needed = self._needed()
+        formed = {f.value: f for low in self.lowered.values() for f in low.formed}
+        values = [v for v in self.inputs if v in needed]
+        made = itertools.chain.from_iterable(e.outputs for e in self.body.equations)
+        inside = set(itertools.chain.from_iterable(e.outputs for e in equations))
+        values += [v for v in made if v in needed and v not in inside and v not in self.lowered]
+        values += [v for v in formed if v in needed]
+        kept = tuple(self._kept(v, formed.get(v)) for v in values)
+        arguments = self.body.inputs[len(self.inputs) :]
+        body = Body(
+            (*(k.value for k in kept), *arguments),
+            tuple((v, array) for v, array in self.body.constants if v in needed),
+            tuple(equations),
+            self.body.outputs,
+        )
+        merged = dataclasses.replace(
+            self.planned,
+            body=body,
+            recipes={v: low.recipe for v, low in self.lowered.items() if v in needed},
+            nested={},
+            changes=(),
+            known={**self.known, **dict.fromkeys(formed, PARAM)},
+        )
+        return Merging(merged, kept, self.body)
+
+    # --- which values are computed through effective weights ---
+
+    def _segments(self) -> Iterator[tuple[Value, Lowered]]:
+        for value, how in self.planned.recipes.items():
+            if not ahead.is_ahead(value, self.known):
+                yield value, forming.lowered(how)
+        makers = {v: e for e in self.body.equations for v in e.outputs if v is not None}
+        for value, expr in self.planned.bases.items():
+            if value in self.planned.recipes or not expr.has_data:
+                continue
+            low = self._cheaper(value, expr, makers)
+            if low is not None:
+                yield value, low
+
+    def _cheaper(
+        self, value: Value, expr: Expr, makers: Mapping[Value, Equation]
+    ) -> Lowered | None:
+        """A value that nothing changed, if effective weights save an operation on data."""
+        try:
+            low = forming.lowered(recipe(expr, math.inf))
+        except Unrepresentable:
+            return None
+        if not low.formed:
+            return None
+        before = _written_operations(value, expr, makers, self.known)
+        return low if forming.operations(low.recipe) < before else None
+
+    # --- what is needed for the outputs ---
+
+    def _needed(self) -> tuple[list[Equation], set[Value]]:
+        """The equations that stay, and all values that are read."""
+        needed = {a for a in self.body.outputs if isinstance(a, Value)}
+        equations = []
+        for equation in reversed(self.body.equations):
+            made = [v for v in equation.outputs if v is not None and v in needed]
+            if not made and not equation.source.effects:
+                continue
+            planned = [v for v in made if v in self.lowered]
+            for value in planned:
+                needed.update(self.lowered[value].recipe.expr.leaves)
+            left = [v for v in made if v not in self.lowered]
+            if (left or not made) and not self._is_kept(equation, left):
+                needed.update(equation.values)
+                equations.append(equation)
+            elif planned:
+                equations.append(equation)
+        return equations[::-1], needed
+
+    def _is_kept(self, equation: Equation, made: Sequence[Value]) -> bool:
+        """Whether results are kept, rather than computed in every call."""
+        return bool(made) and all(
+            self.known[v].of == "param"
+            and ahead.is_ahead(v, self.known)
+            and not ahead.is_look(equation)
+            for v in made
+        )
+
+    # --- what is kept ---
+
+    def _kept(self, value: Value, formed: Formed | None) -> Kept:
+        if formed is None:
+            return Kept(value, self.identities[value], self.sources.get(value, ()), None)
+        leaves = formed.recipe.expr.leaves
+        sources = sorted({i for v in leaves for i in self.sources.get(v, ())})
+        return Kept(value, formed.identity(self.identities), tuple(sources), formed)
+
+
+def _sources(body: Body, inputs: Sequence[Value]) -> dict[Value, tuple[int, ...]]:
+    """The parameters that each value is made of."""
+    found: dict[Value, tuple[int, ...]] = {v: (i,) for i, v in enumerate(inputs)}
+    for equation in body.equations:
+        joined = sorted({i for v in equation.values for i in found.get(v, ())})
+        found |= {v: tuple(joined) for v in equation.outputs if v is not None}
+    return found
+
+
+def _written_operations(
+    value: Value, expr: Expr, makers: Mapping[Value, Equation], known: Mapping[Value, Kind]
+) -> int:
+    """How many operations on data lead from an expression's leaves to its value, as written."""
+    seen: set[Equation] = set()
+    left = [value]
+    while left:
+        made = left.pop()
+        if made in makers and made not in expr.leaves and known[made].of == "data":
+            if makers[made] not in seen:
+                left += makers[made].values
+            seen.add(makers[made])
+    return sum(not ahead.is_look(equation) for equation in seen)
