@@ -67,15 +67,12 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def identities(
-    body: Body, known: Mapping[Value, Kind], names: Mapping[Value, str]
-) -> dict[Value, str]:
-    """A name for every value that is computed ahead, equal for equal computations.
+def identities(body: Body, names: Mapping[Value, str]) -> dict[Value, str]:
+    """A name for every value that is no data, equal for equal computations.
 
     Args:
       body: the equations.
-      known: what each value depends on.
-      names: the names of inputs.
+      names: the names of the inputs that are parameters.
     """
     found = {value: digest("input", name) for value, name in names.items()}
     found |= {value: _of_array(array) for value, array in body.constants}
@@ -83,7 +80,7 @@ def identities(
         for i, value in enumerate(equation.outputs):
             if value is not None and all(v in found for v in equation.values):
                 found[value] = _of_equation(equation, i, found)
-    return {value: name for value, name in found.items() if is_ahead(value, known)}
+    return found
 
 
 def _of_array(array: Any) -> str:

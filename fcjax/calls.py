@@ -1,7 +1,7 @@
 """The arguments of one call of a network."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,3 +41,12 @@ class Call:
         structure, marked = self.static
         given = iter(arrays)
         return jax.tree.unflatten(structure, [next(given) if a else x for a, x in marked])
+
+    def bind(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """``fn(first, *args, **kwargs)`` as a function of ``first`` and the array arguments."""
+
+        def bound(first: Any, *arrays: Any) -> Any:
+            args, kwargs = self.rebuild(arrays)
+            return fn(first, *args, **kwargs)
+
+        return bound

@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from fcjax import parts
 from fcjax.ahead import digest
-from fcjax.contraction import Cost, Order, members
+from fcjax.contraction import Order, members
 from fcjax.evaluate import evaluate
 from fcjax.expressions import Expr, Factor, Label, Leaf, Term
 from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe
@@ -110,7 +110,8 @@ class _Lowering:
             if isinstance(part, Product) and _is_constant(part) and not part.term.windows:
                 sums.setdefault(part.term.labels & self.expr.free, []).append(part.term)
             elif isinstance(part, Product):
-                made.append(self.product(part))
+                keep = parts.computed_over(part.term, self.expr.free)
+                made.append(self.product(part, keep))
             elif isinstance(part, Linear):
                 made.append(self.linear(part))
             else:
@@ -132,7 +133,9 @@ class _Lowering:
         """Rows times one array."""
         terms = [w.term for w in part.weights]
         if not all(_is_constant(w) and not w.term.windows for w in part.weights):
-            return dataclasses.replace(part, weights=tuple(self.product(w) for w in part.weights))
+            keep = frozenset(part.weight_labels)
+            weights = tuple(self.product(w, keep) for w in part.weights)
+            return dataclasses.replace(part, weights=weights)
         if len(terms) == 1 and _is_plain(terms[0]) and not part.centre_weight:
             return part
         factor = self.leaf(terms, part.weight_labels, part.centre_weight)
@@ -147,14 +150,18 @@ class _Lowering:
         labels = [x for x in part.weight_labels if x in term.labels]
         return Product(Term(1.0, (self.leaf([term], labels),)), 0)
 
-    def product(self, part: Product) -> Product:
-        """A term with each of its largest products of weights as one array."""
+    def product(self, part: Product, keep: frozenset[Label]) -> Product:
+        """A term with each of its largest products of weights as one array.
+
+        Args:
+          part: the term and its order.
+          keep: the labels over which it is computed.
+        """
         term = part.term
         if not term.factors:
             return part
         windows = frozenset().union(*(w.labels for w in term.windows))
-        keep = parts.computed_over(term, self.expr.free) | windows
-        groups, order = _grouped(part.order, term, keep)
+        groups, order = _grouped(part.order, term, keep | windows, self.expr)
         weights = [i for i, group in enumerate(groups) if all(_is_ahead(f) for f in group.factors)]
         scaled = min(weights, key=lambda i: groups[i].size, default=None)
         if not _scale_is_fixed(term, self.expr):
@@ -211,15 +218,19 @@ class _Group:
         return math.prod(label.size for label in self.labels)
 
 
-def _grouped(order: Order, term: Term, keep: frozenset[Label]) -> tuple[list[_Group], Order]:
+def _grouped(
+    order: Order, term: Term, keep: frozenset[Label], expr: Expr
+) -> tuple[list[_Group], Order]:
     """The largest products of factors that are known ahead, and the order on these."""
     groups: list[_Group] = []
+    place = {label: i for i, label in enumerate(itertools.chain(*expr.dims))}
 
     def visit(order: Order, needed: frozenset[Label]) -> Order:
-        inside = tuple(term.factors[k] for k in members(order))
+        inside = tuple(term.factors[k] for k in sorted(members(order)))
         if isinstance(order, int) or all(_is_ahead(f) for f in inside):
             labels = dict.fromkeys(x for f in inside for x in itertools.chain(*f.axes))
-            groups.append(_Group(inside, tuple(x for x in labels if x in needed)))
+            kept = [x for x in labels if x in needed]
+            groups.append(_Group(inside, tuple(sorted(kept, key=lambda x: place.get(x, -1)))))
             return len(groups) - 1
         first, second = order
         return (

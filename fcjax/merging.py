@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from jax import Array
@@ -19,6 +19,7 @@ from fcjax.written import Written, written
 __all__ = ["Kept", "Merging", "merging"]
 
 PARAM = Kind("param", trainable=False)
+RAW = Kind("param", trainable=False, invariant=False)
 DATA = Kind("data", trainable=False, invariant=False)
 
 
@@ -69,7 +70,7 @@ class Merging:
         return [env[k.value] if k.formed is None else k.formed.compute(env) for k in self.kept]
 
 
-def merging(body: Body, names: Sequence[str]) -> Merging:
+def merging(body: Body, names: Sequence[str], raw: Set[int] = frozenset()) -> Merging:
     """Merges a network.
 
     Prices are those of an evaluation for which products of parameters are free. They grow with the
@@ -78,9 +79,11 @@ def merging(body: Body, names: Sequence[str]) -> Merging:
     Args:
       body: the network; its first inputs are the parameters.
       names: the names of the parameters.
+      raw: the numbers of parameters that are kept as they are.
     """
     arguments = len(body.inputs) - len(names)
-    of_inputs = [*itertools.repeat(PARAM, len(names)), *itertools.repeat(DATA, arguments)]
+    of_params = [RAW if i in raw else PARAM for i in range(len(names))]
+    of_inputs = [*of_params, *itertools.repeat(DATA, arguments)]
     network = written(body, of_inputs, math.inf, ahead.kinds)
     return _Merger(network, plan(network), names).run()
 
@@ -94,9 +97,7 @@ class _Merger:
         self.planned = planned
         self.lowered = dict(self._segments())
         self.inputs = self.body.inputs[: len(names)]
-        self.identities = ahead.identities(
-            self.body, self.known, dict(zip(self.inputs, names, strict=True))
-        )
+        self.identities = ahead.identities(self.body, dict(zip(self.inputs, names, strict=True)))
         self.sources = _sources(self.body, self.inputs)
 
     def run(self) -> Merging:

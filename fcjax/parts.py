@@ -15,6 +15,7 @@ second moments. Which of these a value uses is decided here, by price; nothing i
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -297,6 +298,8 @@ def _mean_square(term: Term, expr: Expr, runs: float) -> Option | None:
     first, second = data
     if first.centred != second.centred or first.centred & expr.free:
         return None
+    if math.isinf(runs):
+        raise Unrepresentable("statistics of a batch through weights, for which nothing is saved")
     halves = _halves(term, first, second, expr)
     if halves is None or np.dtype(expr.dtype).itemsize < 4:
         return None
