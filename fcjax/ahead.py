@@ -20,11 +20,12 @@ from fcjax.trace import Body, Equation, Kind, Value
 
 __all__ = ["compute", "digest", "identities", "is_ahead", "is_look", "kinds"]
 
-OF_CALL = frozenset({"broadcast_in_dim", "iota", "gather", "dynamic_slice", "pad", "concatenate"})
+OF_CALL = frozenset({"iota", "gather", "dynamic_slice", "pad", "concatenate"})
 """Primitives whose result can have the size of a batch or of a sequence."""
 LOOKS = (VIEWS - {"convert_element_type"}) | {"stop_gradient", "optimization_barrier"}
 """Primitives that copy nothing worth keeping: what is kept is what they look at."""
 SAME = frozenset({"stop_gradient", "copy", "copy_p"})
+RESHAPES = frozenset({"reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -42,6 +43,8 @@ def kinds(body: Body, inputs: Sequence[Kind]) -> dict[Value, Kind]:
 
 def _same_in_every_call(equation: Equation, value: Value, known: Mapping[Value, Kind]) -> bool:
     if equation.name in OF_CALL or equation.source.effects:
+        return False
+    if equation.name == "broadcast_in_dim" and not _is_same(equation):
         return False
     ahead = [v for v in equation.values if known[v].invariant]
     if any(v.shape == value.shape for v in ahead):
@@ -68,7 +71,7 @@ def digest(*parts: Any) -> str:
 
 
 def identities(body: Body, names: Mapping[Value, str]) -> dict[Value, str]:
-    """A name for every value that is no data, equal for equal computations.
+    """A name for every value that is no data, equal for equal computations up to axes of size 1.
 
     Args:
       body: the equations.
@@ -92,13 +95,26 @@ def _of_array(array: Any) -> str:
 
 
 def _of_equation(equation: Equation, output: int, found: Mapping[Value, str]) -> str:
-    if equation.name in SAME:
+    if _is_same(equation):
         return found[equation.values[0]]
     inputs = [
         found[a] if isinstance(a, Value) else (repr(a.val), str(a.aval)) for a in equation.inputs
     ]
     params = [(key, _of_param(value)) for key, value in sorted(equation.source.params.items())]
-    return digest(equation.name, output, inputs, params)
+    shapes = {v.shape for v in (*equation.values, *equation.outputs) if v is not None}
+    ranks = [v.shape for v in equation.values] if len(shapes) > 1 else []
+    return digest(equation.name, output, inputs, params, ranks)
+
+
+def _is_same(equation: Equation) -> bool:
+    """Whether the result is the input, up to axes of size 1."""
+    (result, *_) = equation.outputs
+    if equation.name in SAME:
+        return True
+    if equation.name not in RESHAPES or result is None or len(equation.values) != 1:
+        return False
+    shapes = [[size for size in v.shape if size != 1] for v in (equation.values[0], result)]
+    return shapes[0] == shapes[1]
 
 
 def _of_param(value: Any) -> str:

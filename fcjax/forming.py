@@ -285,11 +285,12 @@ def _term_name(term: Term, numbers: dict[Label, int], leaves: Mapping[Any, str])
     named: list[Hashable] = [term.scale]
     for factor in factors:
         axes = tuple(
-            tuple((numbers.setdefault(label, len(numbers)), label.size) for label in axis)
-            for axis in factor.axes
+            (tuple((numbers.setdefault(label, len(numbers)), label.size) for label in axis), view)
+            for axis, view in zip(factor.axes, factor.slices, strict=True)
+            if axis or view is not None
         )
         centred = tuple(sorted(numbers.setdefault(x, len(numbers)) for x in factor.centred))
-        named.append((leaves[factor.leaf.var], factor.slices, axes, centred))
+        named.append((leaves[factor.leaf.var], axes, centred))
     windows = sorted(
         repr(
             (

@@ -336,7 +336,10 @@ class _Compiled:
         return [k for k in self.merging.kept if k.identity not in known]
 
     def __call__(self, stored: Sequence[Any], arrays: Sequence[Any]) -> PyTree:
-        outputs = self._run([*stored, *arrays], self.constants)
+        shaped = [
+            jnp.reshape(x, k.value.shape) for x, k in zip(stored, self.merging.kept, strict=True)
+        ]
+        outputs = self._run([*shaped, *arrays], self.constants)
         return jax.tree.unflatten(self._out_structure, outputs)
 
 
