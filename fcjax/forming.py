@@ -19,6 +19,7 @@ from jax import Array, lax
 from fcjax import parts
 from fcjax.ahead import digest
 from fcjax.contraction import Order, members
+from fcjax.diagonals import Identity, absorbed
 from fcjax.evaluate import evaluate
 from fcjax.expressions import Expr, Factor, Label, Leaf, Term
 from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe
@@ -43,9 +44,15 @@ class Formed:
     less_mean: tuple[int, ...]
     is_sum: bool
 
+    @property
+    def leaves(self) -> list[Value]:
+        """The values it is made of."""
+        return [v for v in self.recipe.expr.leaves if not isinstance(v, Identity)]
+
     def compute(self, env: Mapping[Any, Array]) -> Array:
         """The array, given those that it is made of."""
-        made = evaluate(self.recipe, env, {})
+        identities = {v: v.array() for v in self.recipe.expr.leaves if isinstance(v, Identity)}
+        made = evaluate(self.recipe, {**env, **identities}, {})
         if self.less_mean:
             made = made - jnp.mean(made, self.less_mean, keepdims=True)
         return made.astype(self.value.aval.dtype)
@@ -53,6 +60,7 @@ class Formed:
     def identity(self, leaves: Mapping[Value, str]) -> str:
         """A name for it, equal for equal computations; ``leaves`` names what it is made of."""
         expr = self.recipe.expr
+        leaves = {**leaves, **{v: v.name for v in expr.leaves if isinstance(v, Identity)}}
         numbers = {label: i for i, label in enumerate(itertools.chain(*expr.dims))}
         terms = sorted(_term_name(term, dict(numbers), leaves) for term in expr.terms)
         return digest(terms, expr.shape, self.less_mean, str(self.value.aval.dtype))
@@ -106,7 +114,7 @@ class _Lowering:
         """The parts, constants last and added up where they have the same axes."""
         sums: dict[frozenset[Label], list[Term]] = {}
         made: list[Part] = []
-        for part in given:
+        for part in absorbed(given, self.expr):
             if isinstance(part, Product) and _is_constant(part) and not part.term.windows:
                 sums.setdefault(part.term.labels & self.expr.free, []).append(part.term)
             elif isinstance(part, Product):

@@ -65,7 +65,7 @@ class Merging:
         env |= {v: c for (v, _), c in zip(self.before.constants, constants, strict=True)}
         wanted = [k.value for k in self.kept if k.formed is None]
         formed = [k.formed for k in self.kept if k.formed is not None]
-        wanted += [v for f in formed for v in f.recipe.expr.leaves]
+        wanted += [v for f in formed for v in f.leaves]
         env = ahead.compute(self.before, wanted, env)
         return [env[k.value] if k.formed is None else k.formed.compute(env) for k in self.kept]
 
@@ -189,8 +189,7 @@ class _Merger:
     def _kept(self, value: Value, formed: Formed | None) -> Kept:
         if formed is None:
             return Kept(value, self.identities[value], self.sources.get(value, ()), None)
-        leaves = formed.recipe.expr.leaves
-        sources = sorted({i for v in leaves for i in self.sources.get(v, ())})
+        sources = sorted({i for v in formed.leaves for i in self.sources.get(v, ())})
         return Kept(value, formed.identity(self.identities), tuple(sources), formed)
 
 
