@@ -17,8 +17,9 @@ from fcjax import check, trace
 from fcjax.ahead import digest
 from fcjax.calls import Call
 from fcjax.errors import FrontContributionError
+from fcjax.kept import Kept, Merging
 from fcjax.measure import Timings, compare_steps, flops
-from fcjax.merging import Kept, Merging, merging
+from fcjax.merging import merging
 from fcjax.names import joint_name, path_name
 from fcjax.program import Program
 from fcjax.trace import Body
@@ -28,6 +29,7 @@ __all__ = ["Merged", "MergedRow", "merge"]
 PyTree = Any
 OTHER_SIZES = (1, 2, 1024)
 """Batch sizes for which a merged network is prepared beside that of the example."""
+MOST_SOURCES = 4
 
 
 def merge(
@@ -209,6 +211,7 @@ class Merged:
         return of_call, call.static, jax.config.values["jax_default_matmul_precision"]
 
     def _trace(self, call: Call) -> tuple[Body, Any]:
+        _refuse_symbols(call)
         count = len(self._avals)
 
         def flat(*inputs: Any) -> PyTree:
@@ -299,7 +302,7 @@ class Merged:
             table.add_row(row.path, str(list(row.shape)), row.reason)
         text = io.StringIO()
         Console(file=text, width=100).print(table)
-        return text.getvalue().rstrip()
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
     def _title(self) -> str:
         lines = [
@@ -387,7 +390,9 @@ def _rows(
 def _reason(one: Kept, paths: Sequence[str], *, is_leaf: bool) -> str:
     if is_leaf:
         return "as it was"
-    sources = ", ".join(paths[i] for i in one.sources) or "constants"
+    named = [paths[i] for i in one.sources[:MOST_SOURCES]]
+    more = len(one.sources) - len(named)
+    sources = (", ".join(named) or "constants") + (f" and {more} more" if more else "")
     if one.formed is None:
         return f"computed from {sources}"
     return f"effective {'bias' if one.formed.is_sum else 'weight'} of {sources}"
@@ -405,6 +410,15 @@ def _nothing(rows: Sequence[MergedRow]) -> str | None:
 
 def _count(tree: PyTree) -> int:
     return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def _refuse_symbols(call: Call) -> None:
+    for array in call.arrays:
+        if not all(isinstance(size, int) for size in array.shape):
+            raise FrontContributionError(
+                f"an argument has the symbolic shape {array.shape}; a merged network is traced for "
+                "known sizes: export it once for each size"
+            )
 
 
 def _check_arrays(params: PyTree, avals: PyTree) -> None:

@@ -4,70 +4,21 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
-from typing import Any
 
-from jax import Array
-
-from fcjax import ahead, forming
+from fcjax import ahead, forming, loops
 from fcjax.expressions import Expr, Unrepresentable
 from fcjax.forming import Formed, Lowered
+from fcjax.kept import Kept, Merging
 from fcjax.parts import recipe
 from fcjax.plan import Plan, plan
 from fcjax.trace import Body, Equation, Kind, Value
 from fcjax.written import Written, written
 
-__all__ = ["Kept", "Merging", "merging"]
+__all__ = ["merging"]
 
 PARAM = Kind("param", trainable=False)
 RAW = Kind("param", trainable=False, invariant=False)
 DATA = Kind("data", trainable=False, invariant=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """An array that the merged network reads.
-
-    Attributes:
-      value: what it is called in the merged network.
-      identity: equal for equal computations, whatever the shapes of the call.
-      sources: the numbers of the parameters it is made of.
-      formed: how it is made if it is an effective weight or bias, else None.
-    """
-
-    value: Value
-    identity: str
-    sources: tuple[int, ...]
-    formed: Formed | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Merging:
-    """A merged network.
-
-    Attributes:
-      plan: how it is computed; its inputs are what is kept, then the arguments.
-      kept: what is kept; equal arrays have equal identities.
-      before: the body as written.
-    """
-
-    plan: Plan
-    kept: tuple[Kept, ...]
-    before: Body
-
-    def arrays(self, leaves: Sequence[Any], constants: Sequence[Any]) -> list[Array]:
-        """Computes what is kept.
-
-        Args:
-          leaves: the parameters.
-          constants: one array for each constant of the body.
-        """
-        env = dict(zip(self.before.inputs, leaves, strict=False))
-        env |= {v: c for (v, _), c in zip(self.before.constants, constants, strict=True)}
-        wanted = [k.value for k in self.kept if k.formed is None]
-        formed = [k.formed for k in self.kept if k.formed is not None]
-        wanted += [v for f in formed for v in f.leaves]
-        env = ahead.compute(self.before, wanted, env)
-        return [env[k.value] if k.formed is None else k.formed.compute(env) for k in self.kept]
 
 
 def merging(body: Body, names: Sequence[str], raw: Set[int] = frozenset()) -> Merging:
@@ -99,6 +50,7 @@ class _Merger:
         self.inputs = self.body.inputs[: len(names)]
         self.identities = ahead.identities(self.body, dict(zip(self.inputs, names, strict=True)))
         self.sources = _sources(self.body, self.inputs)
+        self.loops: list[loops.Loop] = []
 
     def run(self) -> Merging:
         """The merged network."""
@@ -109,11 +61,14 @@ class _Merger:
         inside = set(itertools.chain.from_iterable(e.outputs for e in equations))
         values += [v for v in made if v in needed and v not in inside and v not in self.lowered]
         values += [v for v in formed if v in needed]
-        kept = tuple(self._kept(v, formed.get(v)) for v in values)
+        kept = [self._kept(v, formed.get(v)) for v in values]
+        kept += [k for loop in self.loops for k in loops.with_sources(loop, self.sources)]
+        constants = [(v, array) for v, array in self.body.constants if v in needed]
+        constants += [c for loop in self.loops for c in loop.constants]
         arguments = self.body.inputs[len(self.inputs) :]
         body = Body(
             (*(k.value for k in kept), *arguments),
-            tuple((v, array) for v, array in self.body.constants if v in needed),
+            tuple(constants),
             tuple(equations),
             self.body.outputs,
         )
@@ -123,9 +78,9 @@ class _Merger:
             recipes={v: low.recipe for v, low in self.lowered.items() if v in needed},
             nested={},
             changes=(),
-            known={**self.known, **dict.fromkeys(formed, PARAM)},
+            known={**self.known, **dict.fromkeys((k.value for k in kept), PARAM)},
         )
-        return Merging(merged, kept, self.body)
+        return Merging(merged, tuple(kept), self.body)
 
     # --- which values are computed through effective weights ---
 
@@ -169,11 +124,22 @@ class _Merger:
                 needed.update(self.lowered[value].recipe.expr.leaves)
             left = [v for v in made if v not in self.lowered]
             if (left or not made) and not self._is_kept(equation, left):
-                needed.update(equation.values)
-                equations.append(equation)
+                for step in reversed(self._steps(equation)):
+                    needed.update(step.values)
+                    equations.append(step)
             elif planned:
                 equations.append(equation)
         return equations[::-1], needed
+
+    def _steps(self, equation: Equation) -> Sequence[Equation]:
+        """What computes the results of an equation: a loop with a merged body, or itself."""
+        if equation.name != "scan" or equation.source.effects:
+            return [equation]
+        loop = loops.merged_loop(equation, self.known, self.identities, merging)
+        if loop is None:
+            return [equation]
+        self.loops.append(loop)
+        return loop.equations
 
     def _is_kept(self, equation: Equation, made: Sequence[Value]) -> bool:
         """Whether results are kept, rather than computed in every call."""

@@ -63,7 +63,7 @@ def joint_name(paths: Sequence[str], leaf: str) -> str:
     layers: dict[tuple[str, ...], tuple[str, ...]] = {}
     for path in paths:
         layer = _layer(path)
-        layers.setdefault(layer[1:] or layer, layer)  # collections hold the same layers
+        layers[layer[1:] or layer] = layer  # collections hold the same layers
     common = _common([layer[:-1] for layer in layers.values()])
     tails = ["/".join(layer[len(common) :]) for layer in layers.values()]
     if len(tails) > MOST_LAYERS:
