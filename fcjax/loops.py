@@ -165,10 +165,15 @@ def _rebuilt(
         )
         return [*carry, *ys]
 
-    flat = trace.flatten(jax.make_jaxpr(run)(*(i.atom.aval for i in inputs)))  # type: ignore[union-attr]
-    atoms: dict[Value, Any] = dict(zip(flat.inputs, (i.atom for i in inputs), strict=True))
-    atoms |= {f: v for f, v in zip(flat.outputs, equation.outputs, strict=True) if v is not None}
+    flat = trace.flatten(jax.make_jaxpr(run)(*(_aval(i.atom) for i in inputs)))
+    atoms: dict[Any, Any] = dict(zip(flat.inputs, (i.atom for i in inputs), strict=True))
+    made = zip(flat.outputs, equation.outputs, strict=True)
+    atoms |= {inside: value for inside, value in made if value is not None}
     return Loop(tuple(_renamed(e, atoms) for e in flat.equations), flat.constants, kept)
+
+
+def _aval(atom: Atom) -> Any:
+    return atom.aval
 
 
 def _renamed(equation: Equation, atoms: Mapping[Value, Any]) -> Equation:
