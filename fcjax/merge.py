@@ -295,16 +295,16 @@ class Merged:
         return self._rows
 
     def __str__(self) -> str:
-        table = Table(title=self._title(), title_justify="left")
+        table = Table()
         for heading in ("array", "shape", "made of"):
             table.add_column(heading, overflow="fold")
         for row in self._rows:
             table.add_row(row.path, str(list(row.shape)), row.reason)
         text = io.StringIO()
         Console(file=text, width=100).print(table)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return "\n".join((*self._head(), *(x.rstrip() for x in text.getvalue().splitlines())))
 
-    def _title(self) -> str:
+    def _head(self) -> list[str]:
         lines = [
             f"fcjax: {self.weights[0]:,} weights before, {self.weights[1]:,} after",
             f"FLOPs {self.flops[0]:.4g} before, {self.flops[1]:.4g} after, for the example",
@@ -317,7 +317,7 @@ class Merged:
                 f"latency {before:.3g} ms before, {after:.3g} ms after "
                 f"(A/A within {100 * self._timings.aa_spread:.0f} %)"
             )
-        return "\n".join(lines)
+        return lines
 
     def __repr__(self) -> str:
         return f"Merged({self.weights[0]:,} weights before, {self.weights[1]:,} after)"
