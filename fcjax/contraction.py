@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from fcjax.expressions import Label
 
-__all__ = ["Cost", "Operand", "Order", "members", "pair", "price", "search", "written"]
+__all__ = ["Cost", "Operand", "Order", "measure", "members", "pair", "price", "search", "written"]
 
 BYTE = 16.0
 """Operations that a device does in the time it moves one byte to or from memory."""
@@ -80,6 +80,11 @@ class Operand:
 def size(labels: frozenset[Label]) -> float:
     """The number of elements of an array with these axes."""
     return float(math.prod(label.size for label in labels))
+
+
+def measure(cost: Cost, runs: float) -> float:
+    """What an order is chosen by: time, or operations where weights are formed for good."""
+    return cost.flops if math.isinf(runs) else cost.time
 
 
 def written(result: Operand) -> Cost:
@@ -171,7 +176,7 @@ def _cheapest(splits: Sequence[tuple[Best, Best]], keep: frozenset[Label], runs:
     best: Best | None = None
     for (time_a, order_a, a), (time_b, order_b, b) in splits:
         result, cost = pair(a, b, keep, runs)
-        time = time_a + time_b + cost.time
+        time = time_a + time_b + measure(cost, runs)
         if best is None or time < best[0]:
             best = (time, (order_a, order_b), result)
     assert best is not None
@@ -251,4 +256,4 @@ def _needed_of(left, i: int, j: int, keep: frozenset[Label]) -> frozenset[Label]
 def _pair_rank(left, keep: frozenset[Label], runs: float, ij: tuple[int, int]):
     a, b = left[ij[0]][1], left[ij[1]][1]
     _, cost = pair(a, b, _needed_of(left, *ij, keep), runs)
-    return (not a.labels & b.labels, cost.time)
+    return (not a.labels & b.labels, measure(cost, runs))

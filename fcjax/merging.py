@@ -9,6 +9,7 @@ from fcjax import ahead, forming, loops
 from fcjax.expressions import Expr, Unrepresentable
 from fcjax.forming import Formed, Lowered
 from fcjax.kept import Kept, Merging
+from fcjax.normed import with_normed
 from fcjax.parts import recipe
 from fcjax.plan import Plan, plan
 from fcjax.trace import Body, Equation, Kind, Value
@@ -35,7 +36,7 @@ def merging(body: Body, names: Sequence[str], raw: Set[int] = frozenset()) -> Me
     arguments = len(body.inputs) - len(names)
     of_params = [RAW if i in raw else PARAM for i in range(len(names))]
     of_inputs = [*of_params, *itertools.repeat(DATA, arguments)]
-    network = written(body, of_inputs, math.inf, ahead.kinds)
+    network = with_normed(written(body, of_inputs, math.inf, ahead.kinds))
     return _Merger(network, plan(network), names).run()
 
 

@@ -187,7 +187,7 @@ def _cheapest(group: tuple[Term, ...], expr: Expr, runs: float) -> Option:
         options.append((tuple(p for p, _ in alone), sum((c for _, c in alone), Cost())))
     if must_merge or (joins and len(group) > 1):
         options.append(_linear(group, expr, runs))
-    return min(options, key=lambda option: option[1].time)
+    return min(options, key=lambda option: contraction.measure(option[1], runs))
 
 
 def _meets(term: Term, expr: Expr) -> bool:

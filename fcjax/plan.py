@@ -272,6 +272,8 @@ class _Search:
     def _pays(self, before: Cost, after: Cost, *, for_sure: bool) -> bool:
         if folds_always():
             return True
+        if math.isinf(self.runs) and after.flops > (1 + 1e-9) * before.flops:
+            return False
         margin = SAFE_MARGIN if after.flops <= 1.01 * before.flops else MARGIN
         limit = 1 - margin if for_sure else 1 + 1e-9
         if self.objective == "memory":
