@@ -262,6 +262,151 @@ def inverted_bottleneck() -> Network:
     )
 
 
+# --- convolutions ---------------------------------------------------------------------------------
+
+
+def convolve(x: Array, kernel: Array) -> Array:
+    """A SAME convolution, channels last."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def conv_kernel(seed: int, *shape: int) -> Array:
+    """A kernel of shape ``(height, width, in, out)`` with the variance that keeps that of rows."""
+    return normal(seed, *shape) / (shape[0] * shape[1] * shape[2]) ** 0.5
+
+
+def expanded(params: list[Array], x: Array) -> Array:
+    """An ExpandNet block: 1x1 to more channels, 3x3, 1x1 back."""
+    for kernel in params:
+        x = convolve(x, kernel)
+    return x
+
+
+def contracted(params: list[Array], x: Array) -> Array:
+    """The same with its three kernels multiplied into one."""
+    wide, middle, narrow = params
+    return convolve(x, wide[0, 0] @ middle @ narrow[0, 0])
+
+
+def expand_net() -> Network:
+    """32-128-128-32 channels, 32 images of 16 x 16."""
+    x = normal(1, 32, 16, 16, 32)
+    params = [
+        conv_kernel(4, 1, 1, 32, 128),
+        conv_kernel(5, 3, 3, 128, 128),
+        conv_kernel(6, 1, 1, 128, 32),
+    ]
+    return Network(
+        "expandnet",
+        expanded,
+        params,
+        x,
+        normal(3, *x.shape),
+        rectified_error,
+        Bar(speedup=5.0, limit=1.1),
+        prediction=7.6,
+        limit=contracted,
+    )
+
+
+def rep_blocks(params: list[dict[str, Array]], x: Array) -> Array:
+    """RepVGG blocks without BatchNorm: relu of 3x3, 1x1 and identity, added."""
+    for block in params:
+        x = nn.relu(convolve(x, block["3x3"]) + convolve(x, block["1x1"]) + x)
+    return x
+
+
+def merged_blocks(params: list[dict[str, Array]], x: Array) -> Array:
+    """The same with one kernel a block."""
+    for block in params:
+        middle = block["1x1"][0, 0] + jnp.eye(x.shape[-1])
+        x = nn.relu(convolve(x, block["3x3"].at[1, 1].add(middle)))
+    return x
+
+
+def rep_vgg(channels: int = 64, blocks: int = 3) -> Network:
+    """64 channels, 3 blocks, 32 images of 16 x 16."""
+    x = normal(1, 32, 16, 16, channels)
+    params = [
+        {
+            "3x3": conv_kernel(4 + i, 3, 3, channels, channels) / 3,
+            "1x1": conv_kernel(40 + i, 1, 1, channels, channels) / 3,
+        }
+        for i in range(blocks)
+    ]
+    return Network(
+        "repvgg",
+        rep_blocks,
+        params,
+        x,
+        normal(3, *x.shape),
+        squared_error,
+        Bar(speedup=1.1, limit=1.1),
+        prediction=1.3,
+        limit=merged_blocks,
+    )
+
+
+class MobileBottleneck(nn.Module):
+    """Residual blocks of MobileNetV2: expand, depthwise 3x3, project, BatchNorm behind each."""
+
+    blocks: int = 2
+    expansion: int = 6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # noqa: D102
+        width = x.shape[-1]
+        hidden = width * self.expansion
+        for i in range(self.blocks):
+            h = nn.Conv(hidden, (1, 1), use_bias=False, name=f"expand_{i}")(x)
+            h = nn.relu6(batch_norm(f"bn_expand_{i}")(h))
+            h = nn.Conv(
+                hidden, (3, 3), feature_group_count=hidden, use_bias=False, name=f"space_{i}"
+            )(h)
+            h = nn.relu6(batch_norm(f"bn_space_{i}")(h))
+            h = nn.Conv(width, (1, 1), use_bias=False, name=f"project_{i}")(h)
+            x = x + batch_norm(f"bn_project_{i}")(h)
+        return x
+
+
+class ResidualBottleneck(nn.Module):
+    """Residual blocks of ResNet-50: 1x1 down, 3x3, 1x1 up, BatchNorm behind each."""
+
+    blocks: int = 2
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # noqa: D102
+        width = x.shape[-1]
+        sizes = ((width // 4, 1), (width // 4, 3), (width, 1))
+        for i in range(self.blocks):
+            h = x
+            for j, (channels, size) in enumerate(sizes):
+                h = nn.Conv(channels, (size, size), use_bias=False, name=f"conv_{i}_{j}")(h)
+                h = batch_norm(f"bn_{i}_{j}")(h)
+                h = nn.relu(h) if j < 2 else h
+            x = nn.relu(x + h)
+        return x
+
+
+def with_batch_norm(name: str, module: nn.Module, channels: int) -> Network:
+    """An ordinary convolutional network on 16 images of 16 x 16."""
+    x = normal(1, 16, 16, 16, channels)
+    apply_fn, params = with_batch_statistics(module, x)
+    return Network(
+        name,
+        apply_fn,
+        params,
+        x,
+        normal(3, *x.shape),
+        squared_error,
+        Bar(),
+        prediction=1.05,
+        gradients=1e-3,  # a value at the kink of relu6 can fall on its other side
+    )
+
+
 # --- pre-norm feed-forward blocks -----------------------------------------------------------------
 
 
@@ -383,6 +528,10 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "square-256": lambda: linear("square-256", (256,) * 5, 256, Bar(), 1.0),
     "relu-mlp": plain_relu,
     "lora": adapters,
+    "expandnet": expand_net,
+    "repvgg": rep_vgg,
+    "mobile-bottleneck": lambda: with_batch_norm("mobile-bottleneck", MobileBottleneck(), 16),
+    "resnet-bottleneck": lambda: with_batch_norm("resnet-bottleneck", ResidualBottleneck(), 128),
     "recurrent": recurrent,
 }
 """Every network by name; each is built only when it is measured."""

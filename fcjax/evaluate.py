@@ -1,21 +1,30 @@
 """Computes a recipe on arrays. Everything here is traced by jax, so it differentiates itself."""
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fcjax import numerics
+from fcjax import convolving, numerics
 from fcjax.contraction import Order, members
 from fcjax.expressions import Expr, Factor, Label, Window
-from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe, computed_over
+from fcjax.parts import (
+    Convolution,
+    Linear,
+    MeanSquare,
+    Part,
+    Product,
+    Recipe,
+    computed_over,
+)
 
-__all__ = ["SQUARE", "evaluate", "form", "formed_leaves", "mean_squares", "squares_key"]
+__all__ = ["SQUARE", "evaluate", "form", "formed_leaves", "kernel", "mean_squares", "squares_key"]
 
 Env = Mapping[Any, Array]
 Formed = dict[Hashable, "Named"]
@@ -50,9 +59,11 @@ def evaluate(recipe: Recipe, env: Env, formed: Formed) -> Array:
       an array of the recipe's shape and dtype.
     """
     expr = recipe.expr
+    order = sorted(enumerate(recipe.parts), key=lambda numbered: _rank(numbered[1], expr))
+    values = [(_part(recipe, i, env, formed), _windows(part)) for i, part in order]
     total: Array | None = None
-    for i, _ in sorted(enumerate(recipe.parts), key=lambda numbered: _rank(numbered[1], expr)):
-        value = _laid_out(_part(recipe, i, env, formed), expr)
+    for named in _put_in_place(values, expr):
+        value = _laid_out(named, expr)
         total = value if total is None else total + value
     if total is None:
         total = jnp.zeros((), expr.dtype)
@@ -94,10 +105,15 @@ def formed_leaves(recipe: Recipe) -> set[Hashable]:
     return {f.leaf.var for f in factors}
 
 
+def kernel(part: Convolution, env: Env, expr: Expr) -> Array:
+    """The array that a convolution convolves with, its axes those of ``part.weight_labels``."""
+    return _weight(part, env, expr).array
+
+
 def _products(part: Part) -> tuple[Product, ...]:
     if isinstance(part, Product):
         return (part,)
-    return part.weights if isinstance(part, Linear) else (part.weight,)
+    return (part.weight,) if isinstance(part, MeanSquare) else part.weights
 
 
 def _invariant(factor: Factor) -> bool:
@@ -133,7 +149,10 @@ def _part(recipe: Recipe, i: int, env: Env, formed: Formed) -> Named:
         return _product(part, (i,), computed_over(part.term, expr.free), expr, env, formed)
     if isinstance(part, MeanSquare):
         return formed[SQUARE, i] if (SQUARE, i) in formed else mean_squares([(recipe, i)], env)[0]
-    return _linear(part, formed[i] if i in formed else _weight(part, env, expr), expr, env)
+    weight = formed[i] if i in formed else _weight(part, env, expr)
+    if isinstance(part, Convolution):
+        return _convolution(part, weight, expr, env)
+    return _linear(part, weight, expr, env)
 
 
 def _product(
@@ -148,8 +167,6 @@ def _product(
         value = _summed(value, keep)
         if term.scale != 1.0:
             value = dataclasses.replace(value, array=value.array * term.scale)
-    for window in term.windows:
-        value = _placed(value, window)
     return value
 
 
@@ -172,12 +189,15 @@ def _labels_of(part: Product, order: Order) -> frozenset[Label]:
     return frozenset().union(*(part.term.factors[k].labels for k in members(order)))
 
 
-def _weight(part: Linear | MeanSquare, env: Env, expr: Expr) -> Named:
+def _weight(part: Linear | MeanSquare | Convolution, env: Env, expr: Expr) -> Named:
     """The effective weight Z, on exactly ``part.weight_labels``."""
     labels = part.weight_labels
     total: Array | None = None
-    for product in _products(part):
-        value = _product(product, (), frozenset(labels), expr, env, {})
+    for i, product in enumerate(_products(part)):
+        if isinstance(part, Convolution):
+            value = _tap_product(part, i, expr, env)
+        else:
+            value = _product(product, (), frozenset(labels), expr, env, {})
         array = _ordered(value, labels)
         total = array if total is None else total + array
     assert total is not None
@@ -221,6 +241,56 @@ def _rows_product(rows: Named, weight: Named, part: Linear, expr: Expr, env: Env
     factors = tuple(_ordered(s, tokens) for s in scales)
     out = numerics.scaled_product(x, factors, z, expr.precision)
     return Named(out, (*tokens, *columns), True)
+
+
+def _tap_product(part: Convolution, i: int, expr: Expr, env: Env) -> Named:
+    """One of the products that a kernel is the sum of, at its place among the taps."""
+    product, place = part.weights[i], part.places[i]
+    taps = frozenset(x for steps, _ in place.taps for x, _ in steps)
+    value = _product(product, (), frozenset(part.weight_labels) | taps, expr, env, {})
+    for grid, (steps, low) in zip(part.grids, place.taps, strict=True):
+        if grid.tap is not None and steps != ((grid.tap, 1),):  # it stands there as it is
+            present = [(x, by) for x, by in steps if x in value.labels]
+            sizes = [(x.size, by) for x, by in steps if x not in value.labels]
+            chosen = convolving.placing(
+                [(x.size, by) for x, by in present], sizes, low, grid.tap.size
+            )
+            axes = (*(x for x, _ in present), grid.tap)
+            value = _pair(value, Named(jnp.asarray(chosen, value.array.dtype), axes, False),
+                          frozenset(part.weight_labels) | taps - frozenset(axes), expr)  # fmt: skip
+    for summed, kept in place.diagonal:
+        eye = Named(jnp.eye(kept.size, dtype=value.array.dtype), (summed, kept), False)
+        value = _pair(value, eye, frozenset(part.weight_labels), expr)
+    return value
+
+
+def _convolution(part: Convolution, weight: Named, expr: Expr, env: Env) -> Named:
+    """Convolves the rows, ordered as examples, space, channels, with the kernel Z."""
+    rows = Named(jnp.ones((), expr.dtype), (), False)
+    if part.rows is not None:
+        rows = _realised(part.rows, env)
+    space = tuple(g.read for g in part.grids)
+    on_rows = (*rows.labels, *part.ones)
+    summed = tuple(x for x in weight.labels if x in on_rows and x not in part.kept)
+    groups = tuple(x for x in weight.labels if x in on_rows and x in part.kept)
+    out = tuple(x for x in weight.labels if x in part.kept and x not in on_rows)
+    examples = tuple(x for x in on_rows if x not in (*space, *summed, *groups))
+    taps = tuple(x for g in part.grids for x in [g.tap] if x is not None)
+    order = (*examples, *space, *groups, *summed)
+    x = jnp.broadcast_to(_ordered(rows, order), [label.size for label in order])
+    z = _ordered(weight, (*taps, *summed, *groups, *out))
+    made = convolving.convolve(
+        x.astype(expr.dtype).reshape(_total(examples), *(i.size for i in space), -1),
+        z.astype(expr.dtype).reshape([g.tap.size if g.tap else 1 for g in part.grids]
+                                     + [_total(summed), _total((*groups, *out))]),
+        part.grids, _total(groups), expr.precision if rows.data else lax.Precision.HIGHEST,
+    )  # fmt: skip
+    labels = (*examples, *(g.out for g in part.grids), *groups, *out)
+    return Named(made.reshape([label.size for label in labels]), labels, rows.data or weight.data)
+
+
+def _total(labels: Sequence[Label]) -> int:
+    return math.prod(label.size for label in labels)
 
 
 def squares_key(part: MeanSquare) -> Hashable:
@@ -328,16 +398,72 @@ def _ordered(value: Named, labels: tuple[Label, ...]) -> Array:
     return array.reshape([label.size if label in value.labels else 1 for label in labels])
 
 
-def _placed(value: Named, window: Window) -> Named:
-    """Puts the inner axis at its offset in the outer one, zero elsewhere."""
-    if window.inner not in value.labels:
-        ones = jnp.ones([window.inner.size], value.array.dtype)
-        value = Named(value.array[..., None] * ones, (*value.labels, window.inner), value.data)
-    axis = value.labels.index(window.inner)
-    after = window.outer.size - window.inner.size - window.offset
-    pads = [(window.offset, after, 0) if i == axis else (0, 0, 0) for i in range(len(value.labels))]
-    array = lax.pad(value.array, jnp.zeros((), value.array.dtype), pads)
-    labels = tuple(window.outer if i == axis else x for i, x in enumerate(value.labels))
+def _windows(part: Part) -> tuple[Window, ...]:
+    """The windows that put the result of a part in its place."""
+    if isinstance(part, Product):
+        return part.term.windows
+    return part.windows if isinstance(part, Convolution) else ()
+
+
+def _put_in_place(
+    values: Sequence[tuple[Named, tuple[Window, ...]]], expr: Expr
+) -> Iterator[Named]:
+    """Values where windows put them; pieces that fill an axis between them are joined."""
+    pieces: dict[Label, list[tuple[Named, Window]]] = {}
+    for value, windows in values:
+        if len(windows) == 1 and all(abs(by) == 1 for _, by in windows[0].steps):
+            (out,) = windows[0].labels & expr.free
+            pieces.setdefault(out, []).append((value, windows[0]))
+        else:
+            yield functools.reduce(lambda v, w: _placed(v, w, expr.free), windows, value)
+    for out, own in pieces.items():
+        if _fills(out, own):
+            yield _joined(out, own, expr)
+        else:
+            yield from (_placed(value, window, expr.free) for value, window in own)
+
+
+def _span(out: Label, window: Window) -> tuple[int, int]:
+    """Where the piece that a window puts into ``out`` starts and ends."""
+    (read,) = window.labels - {out}
+    start = -window.by(out) * window.offset
+    return start, start + read.size
+
+
+def _fills(out: Label, pieces: Sequence[tuple[Named, Window]]) -> bool:
+    spans = sorted({_span(out, window) for _, window in pieces})
+    return [0, *(end for _, end in spans)] == [*(start for start, _ in spans), out.size]
+
+
+def _joined(out: Label, pieces: Sequence[tuple[Named, Window]], expr: Expr) -> Named:
+    """Pieces that fill an axis, those at the same place added up."""
+    labels = tuple(itertools.chain(*expr.dims))
+    axis = labels.index(out)
+    at: dict[tuple[int, int], Array] = {}
+    for value, window in pieces:
+        (read,) = window.labels - {out}
+        array = _ordered(value, tuple(read if x is out else x for x in labels)).astype(expr.dtype)
+        span = _span(out, window)
+        at[span] = at[span] + array if span in at else array
+    sizes = [label.size for label in labels]
+    whole = [
+        jnp.broadcast_to(at[span], [*sizes[:axis], span[1] - span[0], *sizes[axis + 1 :]])
+        for span in sorted(at)
+    ]
+    return Named(jnp.concatenate(whole, axis), labels, True)
+
+
+def _placed(value: Named, window: Window, free: frozenset[Label]) -> Named:
+    """Puts an axis of a value where a window says, zero elsewhere."""
+    (read,), (out,) = window.labels - free, window.labels & free
+    if read not in value.labels:
+        ones = jnp.ones([read.size], value.array.dtype)
+        value = Named(value.array[..., None] * ones, (*value.labels, read), value.data)
+    sign = 1 if window.by(read) > 0 else -1
+    spread, stride, offset = (sign * n for n in (window.by(read), -window.by(out), -window.offset))
+    axis = value.labels.index(read)
+    array = convolving.place(value.array, axis, spread, stride, offset, out.size)
+    labels = tuple(out if i == axis else x for i, x in enumerate(value.labels))
     return Named(array, labels, value.data)
 
 

@@ -23,6 +23,8 @@ from typing import Any, Literal
 import numpy as np
 from jax import lax
 
+from fcjax import windows
+
 __all__ = [
     "Expr",
     "Factor",
@@ -42,11 +44,13 @@ __all__ = [
     "recentre",
     "reduce_sum",
     "reshape",
+    "resolved",
     "scale",
     "slice_axis",
     "substitute",
     "term_key",
     "transpose",
+    "unfold",
 ]
 
 MAX_TERMS = 18
@@ -140,34 +144,49 @@ class Factor:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """An index relation ``outer = stride * inner + dilation * tap + offset``, as a 0/1 factor.
+    """An affine relation of indices, ``sum(by * label) + offset == 0``, as a 0/1 factor.
 
-    Concatenation uses ``outer = inner + offset``; a convolution adds the tap of its kernel.
+    A convolution has ``spread * read = stride * out + dilation * tap - low``; padding, and joining
+    along an axis, ``out = read + low``. See :mod:`fcjax.windows`.
+
+    Attributes:
+      steps: the labels, each with what its index is multiplied by.
+      offset: the constant.
     """
 
-    outer: Label
-    inner: Label
-    tap: Label | None = None
-    stride: int = 1
-    dilation: int = 1
+    steps: tuple[tuple[Label, int], ...]
     offset: int = 0
 
     @functools.cached_property
     def labels(self) -> frozenset[Label]:
         """The labels it relates."""
-        return frozenset({self.outer, self.inner} | ({self.tap} if self.tap else set()))
+        return frozenset(label for label, _ in self.steps)
+
+    def by(self, label: Label) -> int:
+        """What the index of ``label`` is multiplied by."""
+        return dict(self.steps)[label]
+
+    def rest(self, *labels: Label) -> windows.Integers:
+        """What the relation without these labels can be."""
+        steps = [(x.size, by) for x, by in self.steps if x not in labels]
+        return windows.values(steps, self.offset)
+
+    def where(self, label: Label, start: int, step: int, new: Axis) -> Window:
+        """The relation with ``start + step * new`` for the index of ``label``."""
+        by = self.by(label)
+        steps = tuple(
+            pair
+            for x, b in self.steps
+            for pair in ([(x, b)] if x is not label else [(n, b * step) for n in new])
+        )
+        return Window(steps, self.offset + by * start)
 
     def rename(self, renaming: Renaming) -> Window:
         """Replaces labels one for one."""
-
-        def one(label: Label) -> Label:
-            axis = renaming.get(label, (label,))
-            if len(axis) != 1:
-                raise Unrepresentable("a windowed axis cannot be split")
-            return axis[0]
-
-        tap = one(self.tap) if self.tap else None
-        return dataclasses.replace(self, outer=one(self.outer), inner=one(self.inner), tap=tap)
+        if any(len(renaming.get(label, (label,))) != 1 for label in self.labels):
+            raise Unrepresentable("a windowed axis cannot be split")
+        steps = tuple((renaming.get(label, (label,))[0], by) for label, by in self.steps)
+        return dataclasses.replace(self, steps=steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,9 +375,7 @@ def _numbered(
 ) -> Hashable:
     numbers: dict[Label, Hashable] = {}
 
-    def number(label: Label | None) -> Hashable:
-        if label is None:
-            return None
+    def number(label: Label) -> Hashable:
         if label in free:
             return ("free", id(label))
         return numbers.setdefault(label, len(numbers))
@@ -373,13 +390,7 @@ def _numbered(
         for factor in factors
     )
     window_keys = tuple(
-        sorted(
-            (
-                (number(w.outer), number(w.inner), number(w.tap), w.stride, w.dilation, w.offset)
-                for w in windows
-            ),
-            key=repr,
-        )
+        (tuple((number(label), label.size, by) for label, by in w.steps), w.offset) for w in windows
     )
     return factor_keys, window_keys
 
@@ -489,16 +500,20 @@ def slice_axis(expr: Expr, axis: int, start: int, limit: int, stride: int = 1) -
     (label,) = expr.dims[axis]
     size = len(range(start, limit, stride))
     new: Axis = (Label(size),) if size != 1 else ()
-    terms = tuple(_slice_term(term, label, new, (start, limit, stride)) for term in expr.terms)
     dims = tuple(new if i == axis else dim for i, dim in enumerate(expr.dims))
+    free = frozenset(itertools.chain.from_iterable(dims))
+    view = (start, limit, stride)
+    terms = tuple(resolved(_slice_term(term, label, new, view), free) for term in expr.terms)
     return dataclasses.replace(expr, dims=dims, terms=terms)
 
 
 def _slice_term(term: Term, label: Label, new: Axis, view: tuple[int, int, int]) -> Term:
-    if any(label in w.labels for w in term.windows):
-        raise Unrepresentable("a slice of a windowed axis")
+    start, _, stride = view
+    windowed = tuple(
+        w.where(label, start, stride, new) if label in w.labels else w for w in term.windows
+    )
     factors = tuple(_slice_factor(f, label, new, view) for f in term.factors)
-    return dataclasses.replace(term, factors=factors)
+    return Term(term.scale, factors, windowed)
 
 
 def _slice_factor(factor: Factor, label: Label, new: Axis, view: tuple[int, int, int]) -> Factor:
@@ -539,34 +554,128 @@ def concatenate(parts: Sequence[Expr], axis: int) -> Expr:
     offset = 0
     for part in parts:
         (inner,) = part.dims[axis]
-        window = Window(outer, inner, offset=offset)
+        window = Window(((outer, 1), (inner, -1)), -offset)
         terms += [dataclasses.replace(t, windows=(*t.windows, window)) for t in part.terms]
         offset += inner.size
     dims = tuple((outer,) if i == axis else dim for i, dim in enumerate(parts[0].dims))
     return _with_terms(dataclasses.replace(parts[0], dims=dims), terms, *parts)
 
 
-def _resolve_windows(term: Term, free: frozenset[Label]) -> Term:
-    """Reads what a window's outer label also stands on at the window's offset.
+def unfold(
+    expr: Expr, axis: int, out: int, taps: int, *, spread: int = 1, stride: int = 1,
+    dilation: int = 1, offset: int = 0,
+) -> Expr:  # fmt: skip
+    """What a window sees: ``result[..., o, ..., k] = expr[..., i, ...]``, zero where there is no i.
 
-    A window stays only where its outer label is an axis of the value, which is zero outside.
+    With ``spread * i = stride * o + dilation * k + offset``; the axis of ``k`` comes last.
     """
-    for window in term.windows:
-        elsewhere = any(window.outer in f.labels for f in term.factors)
-        if window.outer in free and not elsewhere:
-            continue
-        others = tuple(w for w in term.windows if w is not window)
-        if window.tap is not None or any(window.outer in other.labels for other in others):
-            raise Unrepresentable("a product of two windows")
-        view = (window.offset, window.offset + window.inner.size, 1)
-        factors = tuple(_slice_factor(f, window.outer, (window.inner,), view) for f in term.factors)
-        if window.outer in free:
-            return _resolve_windows(Term(term.scale, factors, term.windows), free)
-        rest = Term(term.scale, factors, others)
-        if window.inner not in rest.labels | free:  # constant along the window
-            rest = dataclasses.replace(rest, scale=rest.scale * window.inner.size)
-        return _resolve_windows(rest, free)
+    if (out, taps, spread, stride, offset) == (expr.shape[axis], 1, 1, 1, 0):
+        return dataclasses.replace(expr, dims=(*expr.dims, ()))
+    places, tap = fresh_dims((out, taps))
+    free = frozenset((*itertools.chain.from_iterable(expr.dims), *places, *tap))
+    dims = (*(places if i == axis else dim for i, dim in enumerate(expr.dims)), tap)
+    read = expr.dims[axis]
+    if len(read) != 1:
+        raise Unrepresentable("a window over a merged axis or one of size 1")
+    steps = [(read, spread), (places, -stride), (tap, -dilation)]
+    window = Window(tuple((x, by) for labels, by in steps for x in labels), -offset)
+    terms = [
+        resolved(dataclasses.replace(t, windows=(*t.windows, window)), free - {*read})
+        for t in expr.terms
+    ]
+    return _with_terms(dataclasses.replace(expr, dims=dims), terms)
+
+
+def resolved(term: Term, free: frozenset[Label]) -> Term:
+    """Sums over the labels that windows determine.
+
+    What stays is a window whose value is zero outside of what it reads, and taps of kernels.
+    """
+    for step in (_located, _cut, _met):
+        for window in term.windows:
+            for label, _ in window.steps:
+                new = step(term, window, label, free)
+                if new is not None:
+                    return resolved(new, free)
     return term
+
+
+def _view(window: Window, label: Label) -> tuple[int, int, Axis] | None:
+    """``(start, step, other)`` if a window makes ``label`` a slice that ``other`` runs through."""
+    others = [x for x in window.labels if x is not label]
+    if len(others) > 1:
+        return None
+    other, count = (window.by(others[0]), others[0].size) if others else (-window.by(label), 1)
+    found = windows.as_view(window.by(label), label.size, other, count, window.offset)
+    return None if found is None else (*found, tuple(others))
+
+
+def _located(term: Term, window: Window, label: Label, free: frozenset[Label]) -> Term | None:
+    """Reads what a summed label stands on at the one place that its window leaves of it."""
+    found = None if label in free else _view(window, label)
+    if found is None:
+        return None
+    _, _, new = found
+    others = tuple(
+        w.where(label, *found) if label in w.labels else w for w in term.windows if w is not window
+    )
+    left = Term(term.scale, _sliced(term.factors, label, *found), others)
+    return _repeated(left, [x for x in new if x not in free])
+
+
+def _repeated(term: Term, labels: Iterable[Label]) -> Term:
+    """The term summed over labels, with its scale for those that it does not carry any more."""
+    count = math.prod(x.size for x in labels if x not in term.labels)
+    return dataclasses.replace(term, scale=term.scale * count)
+
+
+def _sliced(
+    factors: tuple[Factor, ...], label: Label, start: int, step: int, new: Axis
+) -> tuple[Factor, ...]:
+    count = math.prod(x.size for x in new)
+    if (start, step, count) == (0, 1, label.size):
+        return tuple(f.rename({label: new}) for f in factors)
+    view = (start, start + step * (count - 1) + 1, step)
+    return tuple(_slice_factor(f, label, new, view) for f in factors)
+
+
+def _cut(term: Term, window: Window, label: Label, free: frozenset[Label]) -> Term | None:
+    """Cuts what else carries an axis of the value to the part where its window is not zero."""
+    if label not in free or not any(label in f.labels for f in term.factors):
+        return None
+    found = _view(window, label)
+    return found and dataclasses.replace(term, factors=_sliced(term.factors, label, *found))
+
+
+def _met(term: Term, window: Window, label: Label, free: frozenset[Label]) -> Term | None:
+    """Sums over a label that only windows carry, one or two in a row."""
+    meeting = [w for w in term.windows if label in w.labels]
+    carried = any(label in f.labels for f in term.factors)
+    if label in free or (carried and len(meeting) == 1):
+        return None
+    if carried or len(meeting) > 2:
+        raise Unrepresentable("a value that several windows read")
+    left = Term(term.scale, term.factors, tuple(w for w in term.windows if w not in meeting))
+    if len(meeting) == 2:
+        return dataclasses.replace(left, windows=(*left.windows, _joined(meeting, label)))
+    if not windows.always_solved(window.rest(label), window.by(label), label.size):
+        return None
+    return _repeated(left, window.labels - free - {label})
+
+
+def _joined(meeting: Sequence[Window], label: Label) -> Window:
+    """Two windows in a row as one, if what the second reads is what the first makes."""
+    first, second = meeting
+    a, b = first.by(label), second.by(label)
+    if first.labels & second.labels != {label} or not windows.joins_exactly(
+        first.rest(label), a, second.rest(label), b, label.size
+    ):
+        raise Unrepresentable("two windows that are not one: what lies outside differs")
+    steps = [(x, by * b) for x, by in first.steps if x is not label]
+    steps += [(x, -by * a) for x, by in second.steps if x is not label]
+    offset = first.offset * b - second.offset * a
+    common = math.gcd(offset, *(by for _, by in steps)) or 1
+    return Window(tuple((x, by // common) for x, by in steps), offset // common)
 
 
 # --- products and reductions --------------------------------------------------------------------
@@ -590,7 +699,10 @@ def _sum_term(term: Term, gone: Sequence[Label], free: frozenset[Label]) -> list
             if len(holding[0].centred & set(gone)) < len(holding[0].centred):
                 raise Unrepresentable("a partial sum of a centred value")
             return []  # deviations from a mean add up to zero
-    return [_resolve_windows(dataclasses.replace(term, scale=term.scale * missing), free)]
+    summed = resolved(dataclasses.replace(term, scale=term.scale * missing), free)
+    if any(w.labels.isdisjoint(free) for w in summed.windows):
+        raise Unrepresentable("a sum over an axis that windows with taps make")
+    return [summed]
 
 
 def multiply(a: Expr, b: Expr) -> Expr:
@@ -630,7 +742,7 @@ def _product(
             raise Unrepresentable("a product of degree above two in the data")
         missing = math.prod(label.size for label in summed if label not in both.labels)
         both = dataclasses.replace(both, scale=both.scale * missing)
-        terms.append(_resolve_windows(both, free))
+        terms.append(resolved(both, free))
     return recentre(_with_terms(dataclasses.replace(a, dims=dims), terms, b))
 
 
@@ -769,7 +881,7 @@ def _substitute_term(term: Term, free: frozenset[Label], var: Hashable, value: E
         )
         if joined.degree > 2:
             raise Unrepresentable("a product of degree above two in the data")
-        new += _substitute_term(_resolve_windows(joined, free), free, var, value)
+        new += _substitute_term(resolved(joined, free), free, var, value)
     return new
 
 

@@ -20,12 +20,13 @@ from fcjax import parts
 from fcjax.ahead import digest
 from fcjax.contraction import Order, members
 from fcjax.diagonals import Identity, absorbed
-from fcjax.evaluate import evaluate
+from fcjax.evaluate import evaluate, kernel
 from fcjax.expressions import Expr, Factor, Label, Leaf, Term
-from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe
+from fcjax.kernels import Place, has_taps
+from fcjax.parts import Convolution, Linear, MeanSquare, Part, Product, Recipe
 from fcjax.trace import Value
 
-__all__ = ["Formed", "Lowered", "lowered", "operations"]
+__all__ = ["Formed", "Kernel", "Lowered", "lowered", "operations"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,6 +67,46 @@ class Formed:
         return digest(terms, expr.shape, self.less_mean, str(self.value.aval.dtype))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
+    """The kernel of a convolution, made once.
+
+    Attributes:
+      value: what it is called in the expressions that read it.
+      part: the convolution.
+      expr: the value that it is part of.
+    """
+
+    value: Value
+    part: Convolution
+    expr: Expr
+    is_sum: bool = False
+
+    @property
+    def leaves(self) -> list[Value]:
+        """The values it is made of."""
+        return [f.leaf.var for weight in self.part.weights for f in weight.term.factors]
+
+    def compute(self, env: Mapping[Any, Array]) -> Array:
+        """The array, given those that it is made of."""
+        return kernel(self.part, env, self.expr).astype(self.value.aval.dtype)
+
+    def identity(self, leaves: Mapping[Value, str]) -> str:
+        """A name for it, equal for equal computations; ``leaves`` names what it is made of."""
+        names = []
+        for weight, place in zip(self.part.weights, self.part.places, strict=True):
+            numbers = {label: i for i, label in enumerate(self.part.weight_labels)}
+            for x in itertools.chain(*([x for x, _ in steps] for steps, _ in place.taps)):
+                numbers.setdefault(x, len(numbers))
+            for x in itertools.chain(*place.diagonal):
+                numbers.setdefault(x, len(numbers))
+            taps = [([(numbers[x], by) for x, by in steps], low) for steps, low in place.taps]
+            diagonal = [(numbers[x], numbers[y]) for x, y in place.diagonal]
+            names.append((_term_name(weight.term, numbers, leaves), taps, diagonal))
+        sizes = [label.size for label in self.part.weight_labels]
+        return digest("kernel", sorted(map(repr, names)), sizes, str(self.value.aval.dtype))
+
+
 @dataclasses.dataclass(frozen=True)
 class Lowered:
     """A recipe over data, formed arrays, and leaves that are read as they are.
@@ -76,7 +117,7 @@ class Lowered:
     """
 
     recipe: Recipe
-    formed: tuple[Formed, ...]
+    formed: tuple[Formed | Kernel, ...]
 
 
 def lowered(recipe: Recipe) -> Lowered:
@@ -95,6 +136,8 @@ def operations(recipe: Recipe) -> int:
         if isinstance(part, Product):
             scaled = part.term.scale != 1.0 and bool(part.term.factors)
             inside += max(len(part.term.factors) - 1, 0) + len(part.term.windows) + scaled
+        elif isinstance(part, Convolution):
+            inside += 1 + len(part.windows)
         else:
             inside += 1 + len(getattr(part, "row_scales", ()))
     return inside + max(len(recipe.parts) - 1, 0)
@@ -108,22 +151,27 @@ class _Lowering:
 
     def __init__(self, expr: Expr) -> None:
         self.expr = expr
-        self.formed: list[Formed] = []
+        self.formed: list[Formed | Kernel] = []
 
     def parts(self, given: Sequence[Part]) -> tuple[Part, ...]:
         """The parts, constants last and added up where they have the same axes."""
-        sums: dict[frozenset[Label], list[Term]] = {}
         made: list[Part] = []
         for part in absorbed(given, self.expr):
-            if isinstance(part, Product) and _is_constant(part) and not part.term.windows:
-                sums.setdefault(part.term.labels & self.expr.free, []).append(part.term)
-            elif isinstance(part, Product):
+            if _is_sum(part):
+                continue
+            if isinstance(part, Product):
                 keep = parts.computed_over(part.term, self.expr.free)
                 made.append(self.product(part, keep))
             elif isinstance(part, Linear):
                 made.append(self.linear(part))
+            elif isinstance(part, Convolution):
+                made.append(self.convolution(part))
             else:
                 made.append(dataclasses.replace(part, weight=self.weight(part)))
+        sums: dict[frozenset[Label], list[Term]] = {}
+        for term in self.expr.terms:
+            if all(map(_is_ahead, term.factors)) and (not term.windows or has_taps(term)):
+                sums.setdefault(term.labels & self.expr.free, []).append(term)
         numbers = sums.pop(frozenset(), [])
         for i, terms in enumerate(sorted(sums.values(), key=_size)):
             made.append(self.sum((*terms, *numbers) if i == 0 else terms))
@@ -149,6 +197,20 @@ class _Lowering:
         factor = self.leaf(terms, part.weight_labels, part.centre_weight)
         weight = Product(Term(1.0, (factor,)), 0)
         return dataclasses.replace(part, weights=(weight,), centre_weight=frozenset())
+
+    def convolution(self, part: Convolution) -> Convolution:
+        """A convolution with one array."""
+        terms = [w.term for w in part.weights]
+        if not all(_is_ahead(f) for t in terms for f in t.factors):
+            return part
+        shape = tuple(label.size for label in part.weight_labels)
+        value = Value(jax.core.ShapedArray(shape, self.expr.dtype))
+        self.formed.append(Kernel(value, part, self.expr))
+        leaf = Leaf(value, "param", shape, self.expr.dtype, trainable=False)
+        axes = tuple((label,) if label.size > 1 else () for label in part.weight_labels)
+        weight = Product(Term(1.0, (Factor(leaf, axes, (None,) * len(axes)),)), 0)
+        taps = tuple((((g.tap, 1),) if g.tap is not None else (), 0) for g in part.grids)
+        return dataclasses.replace(part, weights=(weight,), places=(Place(taps, ()),))
 
     def weight(self, part: MeanSquare) -> Product:
         """The weight of a mean square, as one array."""
@@ -257,6 +319,15 @@ def _is_constant(part: Product) -> bool:
     return all(_is_ahead(f) for f in part.term.factors)
 
 
+def _is_sum(part: Part) -> bool:
+    """Whether a part is added to the value, the same for every call."""
+    if isinstance(part, Product):
+        return _is_constant(part) and not part.term.windows
+    if not isinstance(part, Convolution) or (part.rows is not None and not _is_ahead(part.rows)):
+        return False
+    return all(_is_ahead(f) for w in part.weights for f in w.term.factors)
+
+
 def _is_plain(term: Term) -> bool:
     """Whether a term is one leaf, or a number."""
     return not term.factors or (len(term.factors) == 1 and term.scale == 1.0)
@@ -283,6 +354,9 @@ def _terms(part: Part) -> tuple[Term, ...]:
     if isinstance(part, Linear):
         data = (part.rows, *part.row_scales)
         return tuple(Term(1.0, (*data, *w.term.factors)) for w in part.weights)
+    if isinstance(part, Convolution):
+        read = (part.rows,) if part.rows is not None else ()
+        return tuple(Term(1.0, (*read, *w.term.factors)) for w in part.weights)
     rows = Term(part.scale, (part.rows, part.rows, *part.weight.term.factors))
     return (rows,)
 
@@ -300,15 +374,7 @@ def _term_name(term: Term, numbers: dict[Label, int], leaves: Mapping[Any, str])
         centred = tuple(sorted(numbers.setdefault(x, len(numbers)) for x in factor.centred))
         named.append((leaves[factor.leaf.var], axes, centred))
     windows = sorted(
-        repr(
-            (
-                *(numbers.setdefault(x, len(numbers)) for x in (w.outer, w.inner)),
-                None if w.tap is None else numbers.setdefault(w.tap, len(numbers)),
-                w.stride,
-                w.dilation,
-                w.offset,
-            )
-        )
+        (sorted((numbers.setdefault(x, len(numbers)), by, x.size) for x, by in w.steps), w.offset)
         for w in term.windows
     )
     return repr((named, windows))

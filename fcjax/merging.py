@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 
 from fcjax import ahead, forming, loops
 from fcjax.expressions import Expr, Unrepresentable
-from fcjax.forming import Formed, Lowered
+from fcjax.forming import Formed, Kernel, Lowered
 from fcjax.kept import Kept, Merging
 from fcjax.normed import with_normed
 from fcjax.parts import recipe
@@ -153,7 +153,7 @@ class _Merger:
 
     # --- what is kept ---
 
-    def _kept(self, value: Value, formed: Formed | None) -> Kept:
+    def _kept(self, value: Value, formed: Formed | Kernel | None) -> Kept:
         if formed is None:
             return Kept(value, self.identities[value], self.sources.get(value, ()), None)
         sources = sorted({i for v in formed.leaves for i in self.sources.get(v, ())})

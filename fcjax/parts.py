@@ -16,15 +16,25 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from fcjax import contraction
+from fcjax import contraction, kernels
 from fcjax.contraction import Cost, Operand, Order
-from fcjax.expressions import Expr, Factor, Label, Term, Unrepresentable, term_key
+from fcjax.expressions import Expr, Factor, Label, Term, Unrepresentable, Window, term_key
+from fcjax.kernels import Grid, Place, Shared, View
 
-__all__ = ["Linear", "MeanSquare", "Part", "Product", "Recipe", "computed_over", "recipe"]
+__all__ = [
+    "Convolution",
+    "Linear",
+    "MeanSquare",
+    "Part",
+    "Product",
+    "Recipe",
+    "computed_over",
+    "recipe",
+]
 
 MOMENTS = 3.0
 """Products of the rows with a matrix of their own width that a mean square takes."""
@@ -78,7 +88,32 @@ class MeanSquare:
     scale: float
 
 
-Part = Product | Linear | MeanSquare
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """``rows * Z`` with ``Z`` the sum of ``weights``, each at its place among the taps.
+
+    Attributes:
+      rows: the factor that is convolved, not centred; None for ones.
+      ones: labels along which the rows are repeated.
+      grids: the axes of space.
+      weights: the products whose sum is Z.
+      places: where each stands in Z.
+      weight_labels: the axes of Z: taps first.
+      kept: the labels of the result.
+      windows: those that put the result in its place in the value.
+    """
+
+    rows: Factor | None
+    ones: tuple[Label, ...]
+    grids: tuple[Grid, ...]
+    weights: tuple[Product, ...]
+    places: tuple[Place, ...]
+    weight_labels: tuple[Label, ...]
+    kept: frozenset[Label]
+    windows: tuple[Window, ...]
+
+
+Part = Product | Linear | MeanSquare | Convolution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +150,11 @@ def recipe(expr: Expr, runs: float = 1) -> Recipe:
         rows, scales, _ = _roles(term, expr)
         key = _signature(rows, scales, expr) if rows and not term.windows else id(term)
         groups.setdefault(key, []).append(term)
-    chosen = [_cheapest(tuple(group), expr, runs) for group in groups.values()]
+    chosen = _with_convolutions([tuple(group) for group in groups.values()], expr, runs)
     parts = tuple(part for option, _ in chosen for part in option)
     cost = sum((cost for _, cost in chosen), Cost())
-    if not any(_contracts(part, expr) for part in parts):
+    placed = any(t.windows and not kernels.has_taps(t) for t in expr.terms)
+    if placed or not any(_contracts(part, expr) for part in parts):
         whole = _whole(expr)
         cost = cost + contraction.written(whole) * (1 / runs if whole.once else 1.0)
     return Recipe(expr, parts, cost)
@@ -132,6 +168,8 @@ def _whole(expr: Expr) -> Operand:
 
 def _contracts(part: Part, expr: Expr) -> bool:
     """Whether the part writes an array of the value's own size by itself."""
+    if isinstance(part, Convolution):
+        return part.rows is not None and part.rows.is_data
     labels = part.term.labels if isinstance(part, Product) else part.rows.labels
     return not labels <= expr.free and contraction.size(labels & expr.free) > 0
 
@@ -220,7 +258,7 @@ def _product(term: Term, expr: Expr, runs: float, keep: frozenset[Label] | None 
 
 def computed_over(term: Term, free: frozenset[Label]) -> frozenset[Label]:
     """The labels a windowed term is computed over before it is put in place."""
-    return (free - {w.outer for w in term.windows}) | {w.inner for w in term.windows}
+    return kernels.computed_over(free, term.windows)
 
 
 def _is_one_pass(term: Term, expr: Expr) -> bool:
@@ -285,6 +323,100 @@ def _weight_term(term: Term, row: Factor, expr: Expr) -> Term:
     inner = weight.labels - own.labels - expr.free  # the row's labels may stand here by chance
     renaming |= {label: (Label(label.size),) for label in inner}
     return weight.rename(renaming)
+
+
+# --- convolutions -------------------------------------------------------------------------------
+
+
+def _with_convolutions(groups: Sequence[tuple[Term, ...]], expr: Expr, runs: float) -> list[Option]:
+    """The options for groups of terms; what sees the data on the same taps may share a kernel."""
+    tapped = [group for group in groups if kernels.has_taps(group[0])]
+    others = [group for group in groups if not kernels.has_taps(group[0])]
+    if not tapped:
+        return [_cheapest(group, expr, runs) for group in others]
+    apart: list[Option] = []
+    found: list[tuple[tuple[View, ...], Option]] = []
+    for group in (*tapped, *others):
+        views = _views(group, expr)
+        alone = _convolution(views, expr, runs) if group in tapped else _cheapest(group, expr, runs)
+        assert alone is not None
+        joined = next(_joining(found, views, alone, expr, runs), None) if views else None
+        if joined is not None:
+            k, together = joined
+            found[k] = ((*found[k][0], *views), together)
+        elif group in tapped:
+            found.append((views, alone))
+        else:
+            apart.append(alone)
+    return [*(option for _, option in found), *apart]
+
+
+def _views(group: Sequence[Term], expr: Expr) -> tuple[View, ...]:
+    """How terms see the data, if they could be part of a convolution."""
+    views = []
+    for term in group:
+        rows, scales, weights = _roles(term, expr)
+        if kernels.has_taps(term):
+            if len(rows) > 1 or scales:
+                raise Unrepresentable("a window over a product of two activations")
+        elif len(rows) != 1 or scales or rows[0].centred:
+            return ()
+        views.append(kernels.view(term, rows[0] if rows else None, weights, expr.free))
+    return tuple(views)
+
+
+def _joining(
+    found: Sequence[tuple[tuple[View, ...], Option]], views: tuple[View, ...], alone: Option,
+    expr: Expr, runs: float,
+) -> Iterator[tuple[int, Option]]:  # fmt: skip
+    """The convolutions that are no dearer with further terms in their kernels than beside them."""
+    addition = contraction.written(_whole(expr)).time
+    for k, (own, (_, cost)) in enumerate(found):
+        together = _convolution((*own, *views), expr, runs)
+        if together is not None and together[1].time <= cost.time + alone[1].time + addition:
+            yield k, together
+
+
+def _convolution(views: tuple[View, ...], expr: Expr, runs: float) -> Option | None:
+    """All terms of a group through one kernel, if there is one."""
+    shared = kernels.share(views)
+    if shared is None:
+        return None
+    kept = views[0].kept
+    reads = {g.read: g.out for g in shared.grids}
+    on_rows = frozenset(shared.ones) | (shared.rows.labels if shared.rows else frozenset())
+    seen = frozenset(reads.get(x, x) for x in on_rows)
+    channels = (on_rows | kept) - reads.keys()
+    itemsize = np.dtype(expr.dtype).itemsize
+    cost = Cost()
+    built, inside = [], frozenset[Label]()
+    for weight, place in zip(shared.weights, shared.places, strict=True):
+        taps = frozenset(x for steps, _ in place.taps for x, _ in steps)
+        product, own = _product(weight, expr, runs, weight.labels & (channels | taps))
+        built.append(product)
+        cost = cost + own
+        inside |= weight.labels & channels | frozenset(itertools.chain(*place.diagonal))
+    grid_taps = tuple(g.tap for g in shared.grids if g.tap is not None)
+    labels = (*grid_taps, *sorted(inside, key=_channel_position(shared, expr)))
+    factors = [f for t in shared.weights for f in t.factors]
+    once = all(f.leaf.invariant and not f.is_data for f in factors)
+    trainable = any(f.leaf.trainable for f in factors)
+    kernel = Operand(frozenset(labels), trainable, once, itemsize)
+    rows = Operand(seen, bool(shared.rows and shared.rows.leaf.trainable), False, itemsize)
+    _, product_cost = contraction.pair(rows, kernel, kept, runs)
+    if len(built) > 1 or any(len(steps) > 1 for p in shared.places for steps, _ in p.taps):
+        cost = cost + contraction.written(kernel) * (1 / runs if once else 1.0)
+    part = Convolution(
+        shared.rows, shared.ones, shared.grids, tuple(built), shared.places, labels, kept,
+        views[0].windows,
+    )  # fmt: skip
+    return (part,), cost + product_cost
+
+
+def _channel_position(shared: Shared, expr: Expr) -> Callable[[Label], int]:
+    rows = shared.rows.axes if shared.rows else ()
+    flat = list(itertools.chain(*rows, *expr.dims))
+    return lambda label: flat.index(label) if label in flat else len(flat)
 
 
 # --- mean squares -------------------------------------------------------------------------------

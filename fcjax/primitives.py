@@ -5,6 +5,7 @@ equation, and returns the expression of its output. It raises ``Unrepresentable`
 is no sum of einsum terms; a primitive without a rule is a boundary, never a guess.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ Rule = Callable[[Sequence[Expr], JaxprEqn], Expr | list[Expr]]
 RULES: dict[str, Rule] = {}
 VIEWS = frozenset(
     {"reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "split", "copy",
-     "copy_p", "convert_element_type"}
+     "copy_p", "convert_element_type", "pad"}
 )  # fmt: skip
 """Primitives that only look at their operand differently, so that nothing is gained by a cut."""
 
@@ -128,6 +129,8 @@ def _broadcast_in_dim(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
 
 @register("convert_element_type")
 def _convert(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
+    if _is_zero(operands[0]):  # an integer in the source, such as what jnp.pad pads with
+        return dataclasses.replace(operands[0], dtype=eqn.params["new_dtype"])
     return ex.cast(operands[0], eqn.params["new_dtype"])
 
 
@@ -183,3 +186,65 @@ def _precision(precision: Any) -> lax.Precision | None:
     if isinstance(precision, tuple) and all(isinstance(p, lax.Precision) for p in precision):
         return max(precision, key=lambda p: p.value)
     raise Unrepresentable(f"a product with the algorithm {precision}")
+
+
+# --- windows ------------------------------------------------------------------------------------
+
+
+def _is_zero(expr: Expr) -> bool:
+    return all(term.scale == 0.0 for term in expr.terms)
+
+
+@register("conv_general_dilated")
+def _convolution(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
+    """Unfolds the axes of space, then contracts taps and channels with the kernel."""
+    if eqn.params["batch_group_count"] != 1:
+        raise Unrepresentable("a convolution with groups of examples")
+    wanted = eqn.params.get("preferred_element_type")
+    if wanted is not None and wanted != operands[0].dtype:
+        raise Unrepresentable("a product that accumulates in another dtype")
+    specs = eqn.params["dimension_numbers"]
+    groups = eqn.params["feature_group_count"]
+    rows, kernel = map(ex.transpose, operands, specs[:2])
+    count, channels, *space = rows.shape
+    out, _, *taps = kernel.shape
+    rows = ex.reshape(rows, (count, groups, channels // groups, *space))
+    kernel = ex.reshape(kernel, (groups, out // groups, channels // groups, *taps))
+    places: Sequence[int] = [eqn.outvars[0].aval.shape[i] for i in specs[2][2:]]  # type: ignore[attr-defined]
+    for axis, made in enumerate(places):
+        rows = ex.unfold(
+            rows, 3 + axis, made, taps[axis],
+            spread=eqn.params["lhs_dilation"][axis], stride=eqn.params["window_strides"][axis],
+            dilation=eqn.params["rhs_dilation"][axis], offset=-eqn.params["padding"][axis][0],
+        )  # fmt: skip
+    n = len(places)
+    summed = ((2, *range(3 + n, 3 + 2 * n)), (2, *range(3, 3 + n)))
+    made_of = ex.contract(rows, kernel, summed, ((1,), (0,)))  # groups, count, *places, out
+    made_of = ex.transpose(made_of, (1, 0, 2 + n, *range(2, 2 + n)))
+    result = ex.reshape(made_of, (count, out, *places))
+    result = ex.transpose(result, [specs[2].index(i) for i in range(2 + n)])
+    return ex.at_least(result, _precision(eqn.params.get("precision")))
+
+
+@register("reduce_window_sum")
+def _pooled(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
+    result = operands[0]
+    rank = len(result.dims)
+    for axis, made in enumerate(eqn.outvars[0].aval.shape):  # type: ignore[attr-defined]
+        result = ex.unfold(
+            result, axis, made, eqn.params["window_dimensions"][axis],
+            spread=eqn.params["base_dilation"][axis], stride=eqn.params["window_strides"][axis],
+            dilation=eqn.params["window_dilation"][axis], offset=-eqn.params["padding"][axis][0],
+        )  # fmt: skip
+    return ex.reduce_sum(result, range(rank, 2 * rank))
+
+
+@register("pad")
+def _pad(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
+    if not _is_zero(operands[1]):
+        raise Unrepresentable("padding with something else than zeros")
+    result = operands[0]
+    sizes: Sequence[int] = eqn.outvars[0].aval.shape  # type: ignore[attr-defined]
+    for axis, (low, _, inside) in enumerate(eqn.params["padding_config"]):
+        result = ex.unfold(result, axis, sizes[axis], 1, spread=1 + int(inside), offset=-int(low))
+    return ex.reshape(result, sizes)

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping
 
 from fcjax.expressions import Expr, Factor, Term
-from fcjax.parts import Linear, MeanSquare, Part, Product, Recipe
+from fcjax.parts import Convolution, Linear, MeanSquare, Part, Product, Recipe
 from fcjax.plan import Plan
 from fcjax.trace import Atom, Equation, Value
 
@@ -111,6 +111,9 @@ class _Printer:
         if isinstance(part, Product):
             return self.product(part)
         weight = self.weight(part)
+        if isinstance(part, Convolution):
+            rows = self.name(part.rows.leaf.var) if part.rows else "1"
+            return f"{rows} * {weight}"
         if isinstance(part, MeanSquare):
             return f"{part.scale:.4g} |({self.name(part.rows.leaf.var)} - mean) {weight}|^2"
         rows = self.name(part.rows.leaf.var)
@@ -128,9 +131,9 @@ class _Printer:
         scale = "" if part.term.scale == 1.0 else f"{part.term.scale:.4g} "
         return scale + " ".join([*(self.factor(f) for f in data), name])
 
-    def weight(self, part: Linear | MeanSquare) -> str:
+    def weight(self, part: Linear | MeanSquare | Convolution) -> str:
         name = f"Z{next(self.weights)}"
-        products = part.weights if isinstance(part, Linear) else (part.weight,)
+        products = (part.weight,) if isinstance(part, MeanSquare) else part.weights
         terms = " + ".join(self.term(p.term) for p in products)
         centred = isinstance(part, Linear) and part.centre_weight
         self.notes.append(f"      {name} = {terms}{', less its column means' if centred else ''}")

@@ -17,12 +17,17 @@ from fcjax import compat, trace
 from fcjax import expressions as ex
 from fcjax.compat import Literal as Number
 from fcjax.expressions import Expr, Unrepresentable
+from fcjax.kernels import has_taps
 from fcjax.primitives import RULES, VIEWS
 from fcjax.trace import Atom, Body, Equation, Kind, Value
 
 __all__ = ["Written", "handed_over", "written"]
 
 Kinds = Callable[[Body, Sequence[Kind]], dict[Value, Kind]]
+
+
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "reduce_window_sum"})
+"""Primitives whose operands are computed in the network as written."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,6 +128,7 @@ class _Reader:
 
     def _read(self, equation: Equation) -> None:
         """Applies the equation's rule; if it fails the equation is a boundary too."""
+        self._cut_products(equation)
         operands = [self._operand(atom) for atom in equation.inputs]
         try:
             made = RULES[equation.name](operands, equation.source)
@@ -138,6 +144,37 @@ class _Reader:
             self.seen[made_value] = expr
             if made_value in self.hard or _is_cut(made_value, expr, self.readers, self.operands):
                 self._compute(made_value)
+
+    def _cut_products(self, equation: Equation) -> None:
+        """Makes roots of products that are summed, joined, or added where one could do for both."""
+        made = [v for v in equation.values if v in self.seen and _is_linear_product(self.seen[v])]
+        if equation.name in ("add", "add_any", "sub") and len(equation.values) == 2:
+            one, other = equation.values
+            alike = self._see_the_same(one, other)
+            made = [
+                v for v in made if alike or (_has_taps(self.seen[v]) and self._reads(one, other))
+            ]
+        elif equation.name not in ("reduce_sum", "concatenate"):
+            return
+        for value in made:
+            self._compute(value)
+
+    def _see_the_same(self, one: Value, other: Value) -> bool:
+        """Whether products of the same data are in both values, directly or through one root."""
+        data = [
+            set().union(*(_data(e) for e in self._through_roots(v) if _is_linear_product(e)))
+            for v in (one, other)
+        ]
+        return not data[0].isdisjoint(data[1])
+
+    def _reads(self, one: Value, other: Value) -> bool:
+        """Whether one of two values is made of data that the other one is, through one root."""
+        data = [set().union(*map(_data, self._through_roots(v))) for v in (one, other)]
+        return not data[0].isdisjoint(data[1])
+
+    def _through_roots(self, value: Value) -> list[Expr]:
+        expr = self._operand(value)
+        return [expr, *(self.roots[leaf] for leaf in expr.leaves if leaf in self.roots)]
 
     def _operand(self, atom: Value | Number) -> Expr:
         if not isinstance(atom, Value):
@@ -192,9 +229,22 @@ def _is_cut(value: Value, expr: Expr, readers: dict[Value, int], operands: set[V
 def _is_view(expr: Expr) -> bool:
     """Whether an expression only looks at one leaf, without arithmetic."""
     (term, *more) = expr.terms or (None,)
-    if term is None or more or len(term.factors) != 1 or term.windows or term.scale != 1.0:
+    if term is None or more or len(term.factors) != 1 or term.scale != 1.0:
         return False
-    return term.labels <= expr.free and not term.factors[0].centred
+    padded = frozenset().union(*(w.labels for w in term.windows if len(w.steps) == 2))
+    return term.labels <= expr.free | padded and not term.factors[0].centred
+
+
+def _is_linear_product(expr: Expr) -> bool:
+    return _is_product(expr) and expr.has_data and all(t.degree < 2 for t in expr.terms)
+
+
+def _data(expr: Expr) -> set[Any]:
+    return {var for var, leaf in expr.leaves.items() if leaf.kind == "data"}
+
+
+def _has_taps(expr: Expr) -> bool:
+    return any(has_taps(term) for term in expr.terms)
 
 
 def _is_product(expr: Expr) -> bool:
@@ -202,10 +252,10 @@ def _is_product(expr: Expr) -> bool:
 
 
 def _operands(body: Body) -> set[Value]:
-    """Values that a matrix product reads, directly or through views."""
+    """Values that a product or a pooling reads, directly or through views."""
     found: set[Value] = set()
     for equation in reversed(body.equations):
         views = equation.name in VIEWS and not found.isdisjoint(v for v in equation.outputs if v)
-        if views or equation.name == "dot_general":
+        if views or equation.name in PRODUCTS:
             found.update(equation.values)
     return found

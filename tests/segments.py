@@ -442,7 +442,7 @@ class Convolutions(nn.Module):
         return nn.Dense(3)(nn.Dense(40)(x.reshape(x.shape[0], -1)))
 
 
-@segments(None)
+@segments(3580)
 def convolutions():
     """Channels as hidden spaces, taps as directions; a dense pair behind a reshape."""
     batch = images(2)
