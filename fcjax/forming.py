@@ -302,7 +302,9 @@ def _grouped(
             kept = [x for x in labels if x in needed]
             groups.append(_Group(inside, tuple(sorted(kept, key=lambda x: place.get(x, -1)))))
             return len(groups) - 1
-        first, second = order
+        # rows first: then the result has the layout of a dense layer's
+        rows = [any(term.factors[k].is_data for k in members(half)) for half in order]
+        first, second = order if rows[0] or not rows[1] else order[::-1]
         return (
             visit(first, needed | _labels(second, term)),
             visit(second, needed | _labels(first, term)),

@@ -105,8 +105,8 @@ class _Merger:
             low = forming.lowered(recipe(expr, math.inf))
         except Unrepresentable:
             return None
-        if not low.formed:
-            return None
+        if not low.formed or any(f.centred for t in expr.terms for f in t.factors):
+            return None  # nothing to form, or a mean that would be taken twice
         before = _written_operations(value, expr, makers, self.known)
         return low if forming.operations(low.recipe) < before else None
 

@@ -236,9 +236,8 @@ def test_names_and_reasons_say_what_an_array_is_made_of():
     printed = str(merged)
     for text in (f"{merged.weights[0]:,} weights before", "FLOPs", "params/a0+b0+w0/kernel"):
         assert text in printed
-    assert (
-        repr(merged) == f"Merged({merged.weights[0]:,} weights before, {merged.weights[1]:,} after)"
-    )
+    before, after = merged.weights
+    assert repr(merged) == f"Merged({before:,} weights before, {after:,} after)"
 
 
 # --- what stays exact ---------------------------------------------------------------------------
