@@ -246,7 +246,7 @@ def _rows_product(rows: Named, weight: Named, part: Linear, expr: Expr, env: Env
 def _tap_product(part: Convolution, i: int, expr: Expr, env: Env) -> Named:
     """One of the products that a kernel is the sum of, at its place among the taps."""
     product, place = part.weights[i], part.places[i]
-    taps = frozenset(x for steps, _ in place.taps for x, _ in steps)
+    taps = place.labels
     value = _product(product, (), frozenset(part.weight_labels) | taps, expr, env, {})
     for grid, (steps, low) in zip(part.grids, place.taps, strict=True):
         if grid.tap is not None and steps != ((grid.tap, 1),):  # it stands there as it is

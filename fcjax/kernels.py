@@ -247,6 +247,11 @@ class Place:
     taps: tuple[tuple[tuple[tuple[Label, int], ...], int], ...]
     diagonal: tuple[tuple[Label, Label], ...]
 
+    @property
+    def labels(self) -> frozenset[Label]:
+        """The taps of the product."""
+        return frozenset(x for steps, _ in self.taps for x, _ in steps)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
@@ -265,6 +270,40 @@ class Shared:
     grids: tuple[Grid, ...]
     weights: tuple[Term, ...]
     places: tuple[Place, ...]
+
+    @property
+    def on_rows(self) -> frozenset[Label]:
+        """The labels of the rows."""
+        own = self.rows.labels if self.rows is not None else frozenset[Label]()
+        return own.union(self.ones)
+
+    @property
+    def seen(self) -> frozenset[Label]:
+        """The labels of the rows, with those of the value for those of space."""
+        reads = {g.read: g.out for g in self.grids}
+        return frozenset(reads.get(x, x) for x in self.on_rows)
+
+    @property
+    def is_assembled(self) -> bool:
+        """Whether the kernel is more than one product with its own taps."""
+        composed = any(len(steps) > 1 for place in self.places for steps, _ in place.taps)
+        return len(self.weights) > 1 or composed
+
+    def _channels(self, kept: frozenset[Label]) -> frozenset[Label]:
+        return (self.on_rows | kept).difference(g.read for g in self.grids)
+
+    def inside(self, i: int, kept: frozenset[Label]) -> frozenset[Label]:
+        """The labels over which a product is computed; the value is computed over ``kept``."""
+        return self.weights[i].labels & (self._channels(kept) | self.places[i].labels)
+
+    def labels(self, kept: frozenset[Label], order: Labels) -> Labels:
+        """The axes of the kernel: taps, channels as the rows have them, those of the value."""
+        inside = {x for w in self.weights for x in w.labels & self._channels(kept)}
+        inside |= {x for place in self.places for pair in place.diagonal for x in pair}
+        rows = tuple(itertools.chain(*self.rows.axes)) if self.rows is not None else ()
+        first = (*rows, *(x for x in order if x not in rows))
+        rest = sorted(inside, key=lambda x: first.index(x) if x in first else len(first))
+        return (*(g.tap for g in self.grids if g.tap is not None), *rest)
 
 
 def share(views: Sequence[View]) -> Shared | None:

@@ -16,14 +16,14 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from fcjax import contraction, kernels
 from fcjax.contraction import Cost, Operand, Order
 from fcjax.expressions import Expr, Factor, Label, Term, Unrepresentable, Window, term_key
-from fcjax.kernels import Grid, Place, Shared, View
+from fcjax.kernels import Grid, Place, View
 
 __all__ = [
     "Convolution",
@@ -284,15 +284,13 @@ def _linear(group: tuple[Term, ...], expr: Expr, runs: float) -> Option:
     labels = tuple(sorted(inside, key=_position(row, expr)))
     built = [_product(t, expr, runs, inside) for t in split]
     cost = sum((c for _, c in built), Cost())
-    once = all(f.leaf.invariant and not f.is_data for t in split for f in t.factors)
-    trainable = any(f.leaf.trainable for t in split for f in t.factors)
-    weight = Operand(inside, trainable, once, np.dtype(expr.dtype).itemsize)
+    weight = _effective(split, inside, expr)
     result, product = contraction.pair(_operand(row), weight, expr.free, runs)
     cost = cost + product
     for factor in scales:
         result, extra = contraction.pair(result, _operand(factor), expr.free, runs)
         cost = cost + extra
-        if trainable:  # the scaled cotangent of the product is written for the gradient of Z
+        if weight.trainable:  # the scaled cotangent of the product is written for the gradient of Z
             cost = cost + Cost(time=contraction.BYTE * result.bytes)
     if row.centred & expr.free and row.centred - expr.free:
         raise Unrepresentable("a mean over both summed and free labels")
@@ -379,44 +377,33 @@ def _joining(
 
 def _convolution(views: tuple[View, ...], expr: Expr, runs: float) -> Option | None:
     """All terms of a group through one kernel, if there is one."""
-    shared = kernels.share(views)
+    shared, kept = kernels.share(views), views[0].kept
     if shared is None:
         return None
-    kept = views[0].kept
-    reads = {g.read: g.out for g in shared.grids}
-    on_rows = frozenset(shared.ones) | (shared.rows.labels if shared.rows else frozenset())
-    seen = frozenset(reads.get(x, x) for x in on_rows)
-    channels = (on_rows | kept) - reads.keys()
-    itemsize = np.dtype(expr.dtype).itemsize
-    cost = Cost()
-    built, inside = [], frozenset[Label]()
-    for weight, place in zip(shared.weights, shared.places, strict=True):
-        taps = frozenset(x for steps, _ in place.taps for x, _ in steps)
-        product, own = _product(weight, expr, runs, weight.labels & (channels | taps))
-        built.append(product)
-        cost = cost + own
-        inside |= weight.labels & channels | frozenset(itertools.chain(*place.diagonal))
-    grid_taps = tuple(g.tap for g in shared.grids if g.tap is not None)
-    labels = (*grid_taps, *sorted(inside, key=_channel_position(shared, expr)))
-    factors = [f for t in shared.weights for f in t.factors]
+    built = [
+        _product(weight, expr, runs, shared.inside(i, kept))
+        for i, weight in enumerate(shared.weights)
+    ]
+    labels = shared.labels(kept, tuple(itertools.chain(*expr.dims)))
+    kernel = _effective(shared.weights, labels, expr)
+    trainable = shared.rows is not None and shared.rows.leaf.trainable
+    rows = Operand(shared.seen, trainable, False, np.dtype(expr.dtype).itemsize)
+    _, cost = contraction.pair(rows, kernel, kept, runs)
+    if shared.is_assembled:
+        cost = cost + contraction.written(kernel) * (1 / runs if kernel.once else 1.0)
+    part = Convolution(
+        shared.rows, shared.ones, shared.grids, tuple(p for p, _ in built), shared.places, labels,
+        kept, views[0].windows,
+    )  # fmt: skip
+    return (part,), sum((c for _, c in built), cost)
+
+
+def _effective(terms: Sequence[Term], labels: Iterable[Label], expr: Expr) -> Operand:
+    """An effective weight that terms add up to, as far as its price is concerned."""
+    factors = [f for t in terms for f in t.factors]
     once = all(f.leaf.invariant and not f.is_data for f in factors)
     trainable = any(f.leaf.trainable for f in factors)
-    kernel = Operand(frozenset(labels), trainable, once, itemsize)
-    rows = Operand(seen, bool(shared.rows and shared.rows.leaf.trainable), False, itemsize)
-    _, product_cost = contraction.pair(rows, kernel, kept, runs)
-    if len(built) > 1 or any(len(steps) > 1 for p in shared.places for steps, _ in p.taps):
-        cost = cost + contraction.written(kernel) * (1 / runs if once else 1.0)
-    part = Convolution(
-        shared.rows, shared.ones, shared.grids, tuple(built), shared.places, labels, kept,
-        views[0].windows,
-    )  # fmt: skip
-    return (part,), cost + product_cost
-
-
-def _channel_position(shared: Shared, expr: Expr) -> Callable[[Label], int]:
-    rows = shared.rows.axes if shared.rows else ()
-    flat = list(itertools.chain(*rows, *expr.dims))
-    return lambda label: flat.index(label) if label in flat else len(flat)
+    return Operand(frozenset(labels), trainable, once, np.dtype(expr.dtype).itemsize)
 
 
 # --- mean squares -------------------------------------------------------------------------------

@@ -154,10 +154,15 @@ class _Reader:
             made = [
                 v for v in made if alike or (_has_taps(self.seen[v]) and self._reads(one, other))
             ]
+        elif equation.name == "mul":
+            made = made if any(self._is_gain(v) for v in equation.values) else []
         elif equation.name not in ("reduce_sum", "concatenate"):
             return
         for value in made:
             self._compute(value)
+
+    def _is_gain(self, value: Value) -> bool:
+        return self.known[value].of == "param" and self.known[value].trainable
 
     def _see_the_same(self, one: Value, other: Value) -> bool:
         """Whether products of the same data are in both values, directly or through one root."""

@@ -312,7 +312,7 @@ def res_net_bottleneck(channels):
     return apply_fn, params, batch, lambda y, target: jnp.mean(y[0] ** 2)
 
 
-@network()
+@network("all")
 def res_net_bottleneck_inference(channels):
     """ResNet's bottleneck with running statistics."""
     apply_fn, params, batch, _ = frozen(Bottleneck(inference), images(channels))
@@ -338,7 +338,7 @@ def inverted_bottleneck(channels):
     return batch_norm(Inverted(training), images(channels))
 
 
-@network()
+@network("all")
 def inverted_bottleneck_inference(channels):
     """MobileNetV2's bottleneck with running statistics."""
     return frozen(Inverted(inference), images(channels))
@@ -355,7 +355,7 @@ class ConvNext(nn.Module):
         return x + self.param("gamma", nn.initializers.constant(0.1), (c,)) * h
 
 
-@network()
+@network("Dense_0/kernel", "Dense_0/bias", "gamma")
 def conv_next(channels):
     """A ConvNeXt block."""
     batch = images(channels)
