@@ -1,4 +1,4 @@
-"""The command line: `fcjax demo` and `fcjax inspect module:function`."""
+"""The command line: `fcjax demo`, and `fcjax inspect` and `merge` of `module:function`."""
 
 import argparse
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from fcjax.errors import FrontContributionError
+from fcjax.merge import merge
 from fcjax.transform import front_contribute
 
 
@@ -51,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a function without arguments that returns (apply_fn, params, *example_args)",
     )
     inspect.set_defaults(command=_inspect)
+    merged = commands.add_parser("merge", help="show what is left of a network for inference")
+    merged.add_argument("spec", metavar="module:function", help="as for inspect")
+    merged.set_defaults(command=_merge)
     return parser
 
 
@@ -81,6 +85,11 @@ def _demo(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     apply_fn, params, *example_args = _network(options.spec)
     print(front_contribute(apply_fn, params, *example_args))
+
+
+def _merge(options: argparse.Namespace) -> None:
+    apply_fn, params, *example_args = _network(options.spec)
+    print(merge(apply_fn, params, *example_args))
 
 
 def _network(spec: str) -> tuple[Any, ...]:

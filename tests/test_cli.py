@@ -41,6 +41,11 @@ def test_inspect_prints_the_report(networks, capsys):
     assert sys.path == path
 
 
+def test_merge_prints_what_is_left(networks, capsys):
+    assert main(["merge", f"{networks}:linear"]) == 0
+    assert "first+second/kernel" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import zoo
+import zoo_conv
 from training import relative_deviation
 
 import fcjax
@@ -49,21 +50,29 @@ def deviation(merged, apply_fn, params, *args):
 # --- every network of the zoo -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", zoo.names())
-def test_merged_networks_return_what_the_original_returns(name, dtype):
-    network = zoo.build(name)
+'def check_merged(network, dtype, size):
+    """That a network and its merged form agree for another batch size than the example's."""
     params, args = zoo.cast(network.params, dtype), zoo.cast(network.example_args, dtype)
     merged = fcjax.merge(network.apply_fn, params, *args)
-    for size in (None, 1, 7) if dtype is jnp.float64 else (None,):
-        given = args if size is None else of_size(args, size)
-        expected = jax.jit(network.apply_fn)(params, *given)
-        actual = jax.jit(merged.apply)(merged.params, *given)
-        assert jax.tree.structure(actual) == jax.tree.structure(expected)
-        assert jax.tree.map(jnp.result_type, actual) == jax.tree.map(jnp.result_type, expected)
-        assert relative_deviation(actual, expected) <= TOLERANCE[dtype]
+    given = of_size(args, size)
+    expected = jax.jit(network.apply_fn)(params, *given)
+    actual = jax.jit(merged.apply)(merged.params, *given)
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    assert jax.tree.map(jnp.result_type, actual) == jax.tree.map(jnp.result_type, expected)
+    assert relative_deviation(actual, expected) <= TOLERANCE[dtype]
     assert merged.weights[1] <= merged.weights[0]
     assert merged.flops[1] <= merged.flops[0]
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(jnp.float64, 7), (jnp.float32, 1)])
+@pytest.mark.parametrize("name", zoo.names())
+def test_merged_networks_return_what_the_original_returns(name, dtype, size):
+    check_merged(zoo.build(name), dtype, size)
+
+
+@pytest.mark.parametrize("name", zoo_conv.names())
+def test_merged_convolutional_networks_return_what_the_original_returns(name):
+    check_merged(zoo_conv.build(name), jnp.float64, 5)
 
 
 @pytest.mark.parametrize("name", ["relu_mlp", "gated_linear_unit", "equinox_mlp"])
@@ -163,14 +172,13 @@ ROWS, TOKENS = np.zeros((8, 12)), np.zeros((2, 5, 16))
 IDS = np.zeros((2, 5), np.int32)
 GOLDEN = {
     "deep linear": (chain(32, 32, 32, 3), ROWS, [(12, 3), (3,)]),
-    "waist": (chain(32, 2, 32, 12), ROWS, [(12, 2), (2, 12), (12,), (2,)]),
+    "waist": (chain(32, 2, 32, 12), ROWS, [(12, 2), (2, 12), (12,)]),
     "branches": (
         Branches(),
         np.zeros((8, 16)),
         [(16, 16), (16, 16), (16, 3), (16,), (16,), (3,)],
     ),
     "adapters": (Adapted(), ROWS, [(12, 12), (12, 12), (12,), (12,)]),
-    "narrow autoencoder": (Autoencoder(3), np.zeros((8, 16)), [(16, 3), (3, 16), (16,), (3,)]),
     "wide autoencoder": (Autoencoder(64), np.zeros((8, 16)), [(16, 16), (16,)]),
     "LayerNorm and dense": (
         nn.Sequential([nn.LayerNorm(), nn.Dense(32)]),
@@ -211,6 +219,34 @@ def test_what_is_left_is_what_a_person_would_leave(name):
     assert deviation(merged, apply_fn, variables, x) <= 1e-12
     assert merged.flops[1] < merged.flops[0]
     assert [row.path for row in merged.report] == list(merged.params)
+
+
+def test_a_narrow_code_stays():
+    module = Autoencoder(3)
+    variables = moved(module.init(jax.random.key(0), np.zeros((8, 16))))
+    merged = fcjax.merge(module.apply, variables, np.zeros((8, 16)))
+    assert merged.params is variables
+    assert "nothing to merge" in merged.reason
+
+
+CONVOLUTIONS = {
+    "rep_vgg_inference": [(3, 3, 3, 3), (3,)] * 2,
+    "diverse_branches": [(3, 3, 3, 3), (3,)],
+    "ac_net": [(3, 3, 3, 3), (3,)],
+    "mobile_one": [(3, 3, 3), (3, 3)],
+    "expand_net": [(3, 3, 3, 3), (3,)] * 2,
+    "expand_net_valid": [(5, 5, 3, 3), (3,)],
+    "res_net_bottleneck_inference": [(3, 3), (3,), (3, 3, 3, 3), (3,), (3, 12), (3, 12), (12,)],
+    "inverted_bottleneck_inference": [(3, 18), (18,), (3, 3, 18), (18,), (18, 3), (3,)],
+    "conv_next": [(7, 7, 1, 3), (3,), (3, 12), (12,), (12, 3), (3,)],
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_branches_and_running_statistics_become_one_kernel_and_one_bias(name):
+    network = zoo_conv.build(name)
+    merged = fcjax.merge(network.apply_fn, network.params, *network.example_args)
+    assert sorted(shapes(merged)) == sorted(CONVOLUTIONS[name])
 
 
 @pytest.mark.parametrize("shape", [(12,), (1, 12), (256, 12), (2, 3, 12)])
