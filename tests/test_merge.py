@@ -50,7 +50,7 @@ def deviation(merged, apply_fn, params, *args):
 # --- every network of the zoo -------------------------------------------------------------------
 
 
-'def check_merged(network, dtype, size):
+def check_merged(network, dtype, size):
     """That a network and its merged form agree for another batch size than the example's."""
     params, args = zoo.cast(network.params, dtype), zoo.cast(network.example_args, dtype)
     merged = fcjax.merge(network.apply_fn, params, *args)
