@@ -309,7 +309,7 @@ class Shared:
 def share(views: Sequence[View]) -> Shared | None:
     """Several terms as one convolution, or None if they see different data or another grid."""
     first = views[0]
-    if any(_data(v) != _data(first) or v.windows for v in views[1:]):
+    if len(views) > 1 and any(_data(v) != _data(first) or v.windows for v in views):
         return None
     columns = list(zip(*(v.seen for v in views), strict=True))
     if not all(map(_alike, columns)):

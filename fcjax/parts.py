@@ -153,11 +153,19 @@ def recipe(expr: Expr, runs: float = 1) -> Recipe:
     chosen = _with_convolutions([tuple(group) for group in groups.values()], expr, runs)
     parts = tuple(part for option, _ in chosen for part in option)
     cost = sum((cost for _, cost in chosen), Cost())
-    placed = any(t.windows and not kernels.has_taps(t) for t in expr.terms)
-    if placed or not any(_contracts(part, expr) for part in parts):
-        whole = _whole(expr)
-        cost = cost + contraction.written(whole) * (1 / runs if whole.once else 1.0)
-    return Recipe(expr, parts, cost)
+    whole = _whole(expr)
+    share = 1 / runs if whole.once else 1.0
+    additions = contraction.written(whole) * (_additions(parts, expr) * share)
+    return Recipe(expr, parts, cost + additions)
+
+
+def _additions(parts: Sequence[Part], expr: Expr) -> int:
+    """How often the whole value is written beside what its products write by themselves."""
+    products = [part for part in parts if _contracts(part, expr)]
+    if not products or any(t.windows and not kernels.has_taps(t) for t in expr.terms):
+        return 1
+    of_data = [p for p in products if not isinstance(p, Product) or p.term.degree]
+    return max(len(of_data) - 1, 0)
 
 
 def _whole(expr: Expr) -> Operand:

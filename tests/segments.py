@@ -588,3 +588,24 @@ def zero_pixels():
     data = np.concatenate([batch(np.random.default_rng(i))[0][0] for i in range(4)])
     apply_fn = lambda p, x: jax.nn.relu(x.reshape(-1, 36) @ p[0]) @ p[1]  # noqa: E731
     return apply_fn, params, batch, squared_error, data
+
+
+# --- two axes of space --------------------
+
+
+class SpatialPair(nn.Module):
+    """Two 3x3 kernels with a bias between, and a 1x1 beside the first, read by the second."""
+
+    @nn.compact
+    def __call__(self, x):
+        wide = nn.Conv(64, (3, 3), padding="VALID")(x)
+        wide = wide + nn.Conv(64, (1, 1), use_bias=False)(x)[:, 1:-1, 1:-1]
+        return nn.tanh(nn.Conv(3, (3, 3), padding="VALID", use_bias=False)(wide)).mean((1, 2))
+
+
+@segments(2304)
+def spatial_pair():
+    """9 * 2 + 2 written, 9 * 3 read and one bias: 48 of 64 channels."""
+    batch = images(2)
+    apply_fn, params = zoo.linen(SpatialPair(), batch)
+    return apply_fn, zoo._off_initial(params), batch

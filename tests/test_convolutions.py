@@ -177,6 +177,54 @@ def test_what_does_not_compose_stays_as_written(name):
     assert planned.is_trivial
 
 
+OTHERS = {
+    "joined, and one beside": (
+        lambda p, x: jnp.concatenate([conv(x, p[0]), conv(x, p[1])], -1) + conv(x, p[2]) + x @ p[3],
+        [(3, 3, 3, 2), (1, 3, 3, 3), (3, 3, 3, 5), (3, 5)],
+    ),
+    "joined along an axis of space": (
+        lambda p, x: conv(jnp.concatenate([conv(x, p[0]), x @ p[2]], 1), p[1]),
+        [(3, 3, 3, 5), (1, 1, 5, 4), (3, 5)],
+    ),
+    "of rows that are the same along an axis": (
+        lambda p, x: conv(jnp.broadcast_to((x[:, :1] @ p[0]), (2, 8, 8, 4)), p[1]),
+        [(3, 4), (3, 3, 4, 2)],
+    ),
+    "nearest upsampling before": (
+        lambda p, x: conv(
+            jnp.broadcast_to(x[:, :, None], (2, 8, 2, 8, 3)).reshape(2, 16, 8, 3), p[0]),
+        [(3, 3, 3, 2)],
+    ),
+    "circular": (
+        lambda p, x: conv(jnp.concatenate([x[:, -1:], x, x[:, :1]], 1) @ p[0], p[1],
+                          padding="VALID"),
+        [(3, 4), (3, 3, 4, 2)],
+    ),
+    "a scale for each image": (
+        lambda p, x: conv(conv(x, p[0]) * jnp.mean(x, (1, 2, 3), keepdims=True), p[1]),
+        [(3, 3, 3, 4), (1, 1, 4, 2)],
+    ),
+    "less its mean": (
+        lambda p, x: conv((h := conv(x, p[0])) - jnp.mean(h, (0, 1, 2)), p[1]),
+        [(1, 1, 3, 4), (3, 3, 4, 2)],
+    ),
+    "another way over the same axis": (
+        lambda p, x: jnp.swapaxes(conv(jnp.swapaxes(conv(x, p[0]), 1, 2), p[1]), 1, 2),
+        [(3, 1, 3, 4), (3, 1, 4, 2)],
+    ),
+    "mapped over kernels": (
+        lambda p, x: jax.vmap(lambda k: conv(conv(x, k), p[1]))(p[0]),
+        [(3, 3, 3, 3, 4), (1, 1, 4, 2)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_combinations_have_the_value_of_the_network_as_written(name):
+    fn, shapes = OTHERS[name]
+    assert_recipes_agree(lambda p, d: fn(p, d[0]), arrays(*shapes), arrays(X))
+
+
 def test_response_to_a_bias_is_kept_as_a_map():
     """A bias before a padded convolution does not reach over the border."""
 
@@ -229,6 +277,9 @@ APPLY = {
     ),
     "pad": lambda x, p, *pads: lax.pad(x, 0.0, [(0, 0, 0), *[pads] * (x.ndim - 2), (0, 0, 0)]),
     "cut": lambda x, p, start, step: x[:, start::step],
+    "joined": lambda x, p, size: jnp.concatenate(
+        [conv(x, p, padding=(size // 2, size // 2)), x], -1
+    ),
     "branches": lambda x, p, sizes, parts: sum(
         (
             conv(x, k, padding=(s // 2, s // 2))
@@ -253,12 +304,15 @@ def space_after(size, taps, stride, pads, spread, dilation):
 def layers(draw, n, size, channels):
     """An operation on ``n`` axes of this size, with the size and channels that it leaves."""
     few, pads = st.integers(1, 2), st.integers(0, 2)
-    name = draw(st.sampled_from(["conv"] * 5 + ["bias", "gain", "pool", "pad", "cut", "branches"]))
+    name = draw(st.sampled_from(["conv"] * 6 + [*APPLY]))
     if name in ("bias", "gain"):
         return Layer(name, (channels,), ()), size, channels
     if name == "branches":
         sizes = draw(st.sampled_from([(3,), (3, 1), (1, 3)]))
         return Layer(name, (3,) * n + (channels, channels), (sizes, None)), size, channels
+    if name == "joined" and channels == 2:
+        taps = draw(st.sampled_from([1, 3]))
+        return Layer(name, (taps,) * n + (2, 2), (taps,)), size, 4
     if name == "pad":
         low, high, inside = draw(pads), draw(st.integers(-1, 1)), draw(st.integers(0, 1))
         made = size + low + high + inside * (size - 1)

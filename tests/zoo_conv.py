@@ -312,7 +312,7 @@ def res_net_bottleneck(channels):
     return apply_fn, params, batch, lambda y, target: jnp.mean(y[0] ** 2)
 
 
-@network("all")
+@network("Conv_0/kernel", "Conv_1/kernel", "Conv_2/kernel", "scale", "bias")
 def res_net_bottleneck_inference(channels):
     """ResNet's bottleneck with running statistics."""
     apply_fn, params, batch, _ = frozen(Bottleneck(inference), images(channels))
