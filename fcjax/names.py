@@ -53,7 +53,7 @@ def joint_name(paths: Sequence[str], leaf: str) -> str:
     Example:
       >>> joint_name(["block/Dense_0/kernel", "block/Dense_1/kernel"], "kernel")
       'block/Dense_0+Dense_1/kernel'
-      >>> joint_name(["params/BatchNorm_0/scale", "batch_stats/BatchNorm_0/var"], "kernel")
+      >>> joint_name(["batch_stats/BatchNorm_0/var", "params/BatchNorm_0/scale"], "kernel")
       'params/BatchNorm_0/kernel'
       >>> joint_name(["up", "down"], "kernel")
       'up+down/kernel'
