@@ -7,6 +7,8 @@ from fcjax.errors import FrontContributionError as FrontContributionError
 from fcjax.errors import NotFoldableError as NotFoldableError
 from fcjax.laws import ConservationLaws as ConservationLaws
 from fcjax.laws import conservation_laws as conservation_laws
+from fcjax.merge import Merged as Merged
+from fcjax.merge import merge as merge
 from fcjax.report import Row as Row
 from fcjax.transform import FrontContribution as FrontContribution
 from fcjax.transform import front_contribute as front_contribute
@@ -18,12 +20,14 @@ __all__ = [
     "DriftState",
     "FrontContribution",
     "FrontContributionError",
+    "Merged",
     "NotFoldableError",
     "Row",
     "Verification",
     "conservation_laws",
     "equivariance",
     "front_contribute",
+    "merge",
     "track_drift",
     "verify",
 ]

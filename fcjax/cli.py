@@ -1,4 +1,4 @@
-"""The command line: `fcjax demo`, `fcjax inspect module:function` and `fcjax laws`."""
+"""The command line: `fcjax demo`, and `fcjax inspect`, `laws` and `merge` of `module:function`."""
 
 import argparse
 import dataclasses
@@ -13,6 +13,7 @@ from rich.console import Console
 from fcjax.errors import FrontContributionError
 from fcjax.law_plots import plot_drift
 from fcjax.laws import conservation_laws
+from fcjax.merge import merge
 from fcjax.transform import front_contribute
 
 
@@ -58,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     laws.add_argument("spec", metavar="module:function", help="as for inspect")
     laws.add_argument("--plot", type=Path, help="a picture of the laws along backpropagation")
     laws.set_defaults(command=_laws)
+
+    merged = commands.add_parser("merge", help="show what is left of a network for inference")
+    merged.add_argument("spec", metavar="module:function", help="as for inspect")
+    merged.set_defaults(command=_merge)
     return parser
 
 
@@ -99,6 +104,11 @@ def _laws(options: argparse.Namespace) -> None:
 def _require_folder(option: str, path: Path) -> None:
     if not path.parent.is_dir():
         raise FrontContributionError(f"{option} {path}: the folder {path.parent} does not exist")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    apply_fn, params, *example_args = _network(options.spec)
+    print(merge(apply_fn, params, *example_args))
 
 
 def _network(spec: str) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ __all__ = [
     "Operand",
     "Order",
     "backward",
+    "measure",
     "members",
     "pair",
     "price",
@@ -78,10 +79,23 @@ class Operand:
         """The size in memory."""
         return size(self.labels) * self.itemsize
 
+    def traffic(self, runs: float) -> float:
+        """What reading it costs in each of ``runs`` runs of the body.
+
+        What is formed once and for all costs nothing: a weight has one entry for each product that
+        a row takes, so its traffic would say nothing new and make plans depend on the rows.
+        """
+        return 0.0 if self.once and math.isinf(runs) else BYTE * self.bytes
+
 
 def size(labels: frozenset[Label]) -> float:
     """The number of elements of an array with these axes."""
     return float(math.prod(label.size for label in labels))
+
+
+def measure(cost: Cost, runs: float) -> float:
+    """What an order is chosen by: time, or operations where weights are formed for good."""
+    return cost.flops if math.isinf(runs) else cost.time
 
 
 def written(result: Operand) -> Cost:
@@ -90,8 +104,11 @@ def written(result: Operand) -> Cost:
     return Cost(time=BYTE * result.bytes * passes, held=result.bytes if result.trainable else 0.0)
 
 
-def pair(a: Operand, b: Operand, keep: frozenset[Label], runs: int = 1) -> tuple[Operand, Cost]:
-    """Multiplies two operands, sums the labels not in ``keep``; ``runs`` is the body's count."""
+def pair(a: Operand, b: Operand, keep: frozenset[Label], runs: float = 1) -> tuple[Operand, Cost]:
+    """Multiplies two operands, sums the labels not in ``keep``; ``runs`` is the body's count.
+
+    With ``runs=math.inf`` products of what is formed once are free.
+    """
     union = a.labels | b.labels
     once = a.once and b.once
     result = Operand(union & keep, a.trainable or b.trainable, once, max(a.itemsize, b.itemsize))
@@ -100,14 +117,14 @@ def pair(a: Operand, b: Operand, keep: frozenset[Label], runs: int = 1) -> tuple
     if union <= keep:
         cost = Cost(time=ELEMENTWISE * work * passes, flops=work * passes)
     else:
-        traffic = BYTE * (a.bytes + b.bytes)
+        traffic = a.traffic(runs) + b.traffic(runs)
         cost = Cost(time=max(2 * work, traffic) * passes, flops=2 * work * passes)
         cost = cost + written(result)
     return result, cost * (1 / runs if once else 1.0)
 
 
 def price(
-    order: Order, operands: Sequence[Operand], keep: frozenset[Label], runs: int = 1
+    order: Order, operands: Sequence[Operand], keep: frozenset[Label], runs: float = 1
 ) -> tuple[Operand, Cost]:
     """The result of multiplying in the given order, and what all its products cost."""
     if isinstance(order, int):
@@ -153,7 +170,7 @@ def _labels(order: Order, operands: Sequence[Operand]) -> list[frozenset[Label]]
 Best = tuple[float, Order, Operand]
 
 
-def search(operands: Sequence[Operand], keep: frozenset[Label], runs: int = 1) -> Order:
+def search(operands: Sequence[Operand], keep: frozenset[Label], runs: float = 1) -> Order:
     """The order of least time: exact for chains and short terms, greedy for the rest.
 
     A chain that ends in a vector is multiplied from there, by matrix-vector products alone.
@@ -164,7 +181,8 @@ def search(operands: Sequence[Operand], keep: frozenset[Label], runs: int = 1) -
     if chain is not None:
         if len(operands[chain[0]].labels) > 1:
             chain.reverse()
-        if len(operands[chain[0]].labels) == 1:
+        free = math.isinf(runs) and not all(o.once for o in operands)
+        if len(operands[chain[0]].labels) == 1 and not free:
             return _one_by_one(chain)
         return _intervals(operands, keep, runs, chain)
     if len(operands) <= EXHAUSTIVE:
@@ -183,11 +201,11 @@ def _needed(operands: Sequence[Operand], inside: frozenset[int], keep: frozenset
     return keep.union(*(o.labels for i, o in enumerate(operands) if i not in inside))
 
 
-def _cheapest(splits: Sequence[tuple[Best, Best]], keep: frozenset[Label], runs: int) -> Best:
+def _cheapest(splits: Sequence[tuple[Best, Best]], keep: frozenset[Label], runs: float) -> Best:
     best: Best | None = None
     for (time_a, order_a, a), (time_b, order_b, b) in splits:
         result, cost = pair(a, b, keep, runs)
-        time = time_a + time_b + cost.time
+        time = time_a + time_b + measure(cost, runs)
         if best is None or time < best[0]:
             best = (time, (order_a, order_b), result)
     assert best is not None
@@ -214,7 +232,7 @@ def _as_chain(operands: Sequence[Operand], keep: frozenset[Label]) -> list[int] 
 
 
 def _intervals(
-    operands: Sequence[Operand], keep: frozenset[Label], runs: int, line: Sequence[int]
+    operands: Sequence[Operand], keep: frozenset[Label], runs: float, line: Sequence[int]
 ) -> Order:
     """Matrix-chain ordering by dynamic programming."""
     best: dict[tuple[int, int], Best] = {
@@ -229,7 +247,7 @@ def _intervals(
     return best[0, len(line)][1]
 
 
-def _subsets(operands: Sequence[Operand], keep: frozenset[Label], runs: int) -> Order:
+def _subsets(operands: Sequence[Operand], keep: frozenset[Label], runs: float) -> Order:
     """Every order of a short term, by dynamic programming over subsets."""
     everything = range(len(operands))
     best: dict[frozenset[int], Best] = {frozenset({i}): (0.0, i, operands[i]) for i in everything}
@@ -246,7 +264,7 @@ def _subsets(operands: Sequence[Operand], keep: frozenset[Label], runs: int) -> 
     return best[frozenset(everything)][1]
 
 
-def _greedy(operands: Sequence[Operand], keep: frozenset[Label], runs: int) -> Order:
+def _greedy(operands: Sequence[Operand], keep: frozenset[Label], runs: float) -> Order:
     """Multiplies the cheapest pair that shares a label, until one operand is left."""
     left: list[tuple[Order, Operand]] = list(enumerate(operands))
     while len(left) > 1:
@@ -264,7 +282,7 @@ def _needed_of(left, i: int, j: int, keep: frozenset[Label]) -> frozenset[Label]
     return keep.union(*(o.labels for k, (_, o) in enumerate(left) if k not in (i, j)))
 
 
-def _pair_rank(left, keep: frozenset[Label], runs: int, ij: tuple[int, int]):
+def _pair_rank(left, keep: frozenset[Label], runs: float, ij: tuple[int, int]):
     a, b = left[ij[0]][1], left[ij[1]][1]
     _, cost = pair(a, b, _needed_of(left, *ij, keep), runs)
-    return (not a.labels & b.labels, cost.time)
+    return (not a.labels & b.labels, measure(cost, runs))

@@ -25,7 +25,7 @@ from fcjax.parts import (
     computed_over,
 )
 
-__all__ = ["SQUARE", "evaluate", "form", "formed_leaves", "mean_squares", "squares_key"]
+__all__ = ["SQUARE", "evaluate", "form", "formed_leaves", "kernel", "mean_squares", "squares_key"]
 
 Env = Mapping[Any, Array]
 Formed = dict[Hashable, "Named"]
@@ -106,6 +106,11 @@ def formed_leaves(recipe: Recipe) -> set[Hashable]:
         if _invariant(f)
     ]
     return {f.leaf.var for f in factors}
+
+
+def kernel(part: Convolution, env: Env, expr: Expr) -> Array:
+    """The array that a convolution convolves with, its axes those of ``part.weight_labels``."""
+    return _weight(part, env, expr).array
 
 
 def _products(part: Part) -> tuple[Product, ...]:
@@ -314,7 +319,7 @@ def _tap_product(part: Convolution, i: int, expr: Expr, env: Env) -> Named:
     taps = place.labels
     value = _product(product, (), frozenset(part.weight_labels) | taps, expr, env, {})
     for grid, (steps, low) in zip(part.grids, place.taps, strict=True):
-        if grid.tap is not None:
+        if grid.tap is not None and steps != ((grid.tap, 1),):  # it stands there as it is
             present = [(x, by) for x, by in steps if x in value.labels]
             sizes = [(x.size, by) for x, by in steps if x not in value.labels]
             chosen = convolving.placing(

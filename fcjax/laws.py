@@ -12,13 +12,14 @@ import numpy as np
 from jax import Array
 
 from fcjax import axes, check, scaling_rules, symmetries, trace
+from fcjax.calls import Call
 from fcjax.certificate import Certificate, certificate, counted
 from fcjax.errors import FrontContributionError
 from fcjax.final import hidden_leaves
 from fcjax.names import layer_name, short_names
 from fcjax.reduction import Tree
 from fcjax.trace import Body, Kind
-from fcjax.transform import DATA, FROZEN, PARAM, _Call, _tree
+from fcjax.transform import DATA, FROZEN, PARAM, _tree
 from fcjax.units import Symmetry, quadratic
 
 __all__ = ["ConservationLaws", "LawGroup", "conservation_laws"]
@@ -72,7 +73,7 @@ def conservation_laws(
     check.params(params)
     if not example_args:
         example_args = check.inferred_arguments(apply_fn, params)
-    tree, call = _tree(params), _Call.of(example_args, {})
+    tree, call = _tree(params), Call.of(example_args, {})
     count = len(tree.leaves)
 
     def flat(*inputs: Any) -> PyTree:

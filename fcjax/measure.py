@@ -6,12 +6,15 @@ of a function with itself (A/A) says how large a difference has to be before it 
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+
+from fcjax import compat
 
 AA_SUFFIX = " (again)"
 
@@ -208,3 +211,63 @@ def residual_bytes(fn: Callable[..., Any], params: Any, *args: Any) -> int:
 
     saved = jax.eval_shape(residuals, params, args)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in saved)
+
+
+MOVES = frozenset(
+    {"broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "dynamic_slice",
+     "dynamic_update_slice", "expand_dims", "gather", "iota", "pad", "reshape", "rev", "select_n",
+     "slice", "split", "squeeze", "stop_gradient", "transpose"}
+)  # fmt: skip
+"""Primitives that compute nothing."""
+
+
+def flops(fn: Callable[..., Any], *args: Any) -> float:
+    """Floating-point operations of one call, counted on the traced function; nothing is run.
+
+    A product of matrices or a convolution counts two for each multiply-add, a reduction one for
+    each entry that it reads, and any other operation one for each entry of its result. Bodies of
+    loops count as often as they run (of a `while` loop: once), a `cond` as its dearest branch.
+
+    Args:
+      fn: the function.
+      *args: arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The number of operations.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fcjax.measure import flops
+      >>> flops(lambda x, w: jnp.tanh(x @ w), jnp.ones((2, 3)), jnp.ones((3, 4)))
+      56.0
+    """
+    return _flops(jax.make_jaxpr(fn)(*args))
+
+
+def _flops(jaxpr: Any) -> float:
+    return sum(_equation_flops(eqn) for eqn in compat.open_jaxpr(jaxpr)[0].eqns)
+
+
+def _equation_flops(eqn: Any) -> float:
+    inner = [_flops(body) for value in eqn.params.values() for body in _bodies(value)]
+    if inner:
+        runs = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        return runs * (max(inner) if eqn.primitive.name == "cond" else sum(inner))
+    if eqn.primitive.name in MOVES:
+        return 0.0
+    outputs = float(sum(math.prod(v.aval.shape) for v in eqn.outvars))
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2.0 * outputs * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+    if eqn.primitive.name == "conv_general_dilated":
+        channels = eqn.params["dimension_numbers"].rhs_spec[0]
+        kernel = eqn.invars[1].aval.shape
+        return 2.0 * outputs * math.prod(kernel) / kernel[channels]
+    inputs = float(sum(math.prod(v.aval.shape) for v in eqn.invars))
+    return max(inputs, outputs) if eqn.primitive.name.startswith("reduce") else outputs
+
+
+def _bodies(value: Any) -> list[Any]:
+    """The jaxprs in an equation's parameter."""
+    listed = value if isinstance(value, (tuple, list)) else [value]
+    return [x for x in listed if isinstance(x, (compat.Jaxpr, compat.ClosedJaxpr))]

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 
-__all__ = ["layer_name", "path_name", "short_names"]
+__all__ = ["joint_name", "layer_name", "path_name", "short_names"]
+
+MOST_LAYERS = 4
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -52,3 +54,46 @@ def layer_name(short: str) -> str:
     while len(parts) > 1 and parts[-1] in ("bias", "scale", "value"):
         parts.pop()
     return ".".join(parts)
+
+
+def joint_name(paths: Sequence[str], leaf: str) -> str:
+    """What an array made of several leaves is called: by their layers.
+
+    Args:
+      paths: the leaves; a single one keeps its name.
+      leaf: what the array is to the layers, such as ``kernel``.
+
+    Example:
+      >>> joint_name(["block/Dense_0/kernel", "block/Dense_1/kernel"], "kernel")
+      'block/Dense_0+Dense_1/kernel'
+      >>> joint_name(["batch_stats/BatchNorm_0/var", "params/BatchNorm_0/scale"], "kernel")
+      'params/BatchNorm_0/kernel'
+      >>> joint_name(["up", "down"], "kernel")
+      'up+down/kernel'
+    """
+    if len(paths) == 1:
+        return paths[0]
+    layers: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for path in paths:
+        layer = _layer(path)
+        layers[layer[1:] or layer] = layer  # collections hold the same layers
+    common = _common([layer[:-1] for layer in layers.values()])
+    tails = ["/".join(layer[len(common) :]) for layer in layers.values()]
+    if len(tails) > MOST_LAYERS:
+        tails = [tails[0], "...", tails[-1]]
+    return "/".join((*common, "+".join(tails), leaf))
+
+
+def _layer(path: str) -> tuple[str, ...]:
+    parts = tuple(path.split("/"))
+    parts = parts[:-1] if parts[-1] == "value" and len(parts) > 1 else parts
+    return parts[:-1] or parts
+
+
+def _common(layers: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    shared: tuple[str, ...] = ()
+    for pieces in zip(*layers, strict=False):
+        if len(set(pieces)) > 1:
+            break
+        shared += pieces[:1]
+    return shared

@@ -16,6 +16,7 @@ these a value uses is decided here, by price; nothing is computed yet.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -167,7 +168,7 @@ class Recipe:
     square: Square | None = None
 
 
-def recipe(expr: Expr, runs: int = 1, square: Square | None = None) -> Recipe:
+def recipe(expr: Expr, runs: float = 1, square: Square | None = None) -> Recipe:
     """Chooses the cheapest parts for ``expr``.
 
     Args:
@@ -179,7 +180,9 @@ def recipe(expr: Expr, runs: int = 1, square: Square | None = None) -> Recipe:
     Raises:
       Unrepresentable: if a term has no safe way to be computed.
     """
-    unexpanded = None if square is None else _unexpanded(expr, square, runs)
+    unexpanded = None
+    if square is not None and not math.isinf(runs):  # for inference a norm stays as written
+        unexpanded = _unexpanded(expr, square, runs)
     try:
         expanded = dataclasses.replace(_expanded(expr, runs), square=square)
     except Unrepresentable:
@@ -190,7 +193,7 @@ def recipe(expr: Expr, runs: int = 1, square: Square | None = None) -> Recipe:
     return unexpanded if unexpanded is not None and cheaper else expanded
 
 
-def _expanded(expr: Expr, runs: int) -> Recipe:
+def _expanded(expr: Expr, runs: float) -> Recipe:
     squares = [t for t in expr.terms if len(_roles(t, expr)[0]) == 2]
     if len(squares) > 1 and np.dtype(expr.dtype).itemsize < 8:
         raise Unrepresentable("the square of a sum, expanded, which narrow floats would cancel")
@@ -200,14 +203,18 @@ def _expanded(expr: Expr, runs: int) -> Recipe:
         key = _signature(rows, scales, expr) if rows and not term.windows else id(term)
         groups.setdefault(key, []).append(term)
     chosen = _with_convolutions([tuple(group) for group in groups.values()], expr, runs)
-    return _whole_recipe(expr, chosen)
+    return _whole_recipe(expr, chosen, runs)
 
 
-def _whole_recipe(expr: Expr, chosen: "Sequence[Option]", square: Square | None = None) -> Recipe:
+def _whole_recipe(
+    expr: Expr, chosen: "Sequence[Option]", runs: float, square: Square | None = None
+) -> Recipe:
     parts = tuple(part for option, _ in chosen for part in option)
     cost = sum((cost for _, cost in chosen), Cost())
-    cost = cost + contraction.written(_whole(expr)) * _additions(parts, expr)
-    return Recipe(expr, parts, cost, square)
+    whole = _whole(expr)
+    share = 1 / runs if whole.once else 1.0
+    additions = contraction.written(whole) * (_additions(parts, expr) * share)
+    return Recipe(expr, parts, cost + additions, square)
 
 
 def _additions(parts: Sequence[Part], expr: Expr) -> int:
@@ -270,7 +277,7 @@ def _signature(rows: Sequence[Factor], scales: Sequence[Factor], expr: Expr) -> 
 Option = tuple[tuple[Part, ...], Cost]
 
 
-def _cheapest(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
+def _cheapest(group: tuple[Term, ...], expr: Expr, runs: float) -> Option:
     square = _mean_square(group[0], expr, runs)
     if square is not None:
         return square
@@ -286,7 +293,7 @@ def _cheapest(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
         options.append(_linear(group, expr, runs))
     if joins and len(group) > 1 and not must_merge and runs == 1:
         options.append(_apart(group, expr))
-    return min(options, key=lambda option: option[1].time)
+    return min(options, key=lambda option: contraction.measure(option[1], runs))
 
 
 def _meets(term: Term, expr: Expr) -> bool:
@@ -301,7 +308,7 @@ def _operand(factor: Factor) -> Operand:
     return Operand(factor.labels, leaf.trainable, once, np.dtype(leaf.dtype).itemsize)
 
 
-def _product(term: Term, expr: Expr, runs: int, keep: frozenset[Label] | None = None):
+def _product(term: Term, expr: Expr, runs: float, keep: frozenset[Label] | None = None):
     """A term by itself, over the labels ``keep`` (those of the value by default)."""
     keep = computed_over(term, expr.free) if keep is None else keep
     if not term.factors:
@@ -334,7 +341,7 @@ def _is_one_pass(term: Term, expr: Expr) -> bool:
     return len(rows) == 2 and any(f.labels - expr.free for f in weights)
 
 
-def _linear(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
+def _linear(group: tuple[Term, ...], expr: Expr, runs: float) -> Option:
     """All terms of a group through one effective weight."""
     part, weight, cost = _effective(group, expr, runs)
     result, product = contraction.pair(_operand(part.rows), weight, expr.free, runs)
@@ -347,7 +354,7 @@ def _linear(group: tuple[Term, ...], expr: Expr, runs: int) -> Option:
     return (part,), cost
 
 
-def _effective(group: tuple[Term, ...], expr: Expr, runs: int) -> tuple[Linear, Operand, Cost]:
+def _effective(group: tuple[Term, ...], expr: Expr, runs: float) -> tuple[Linear, Operand, Cost]:
     """The rows of a group of terms, their one effective weight, and the price of forming it."""
     rows, scales, _ = _roles(group[0], expr)
     (row,) = rows
@@ -425,7 +432,7 @@ def _weight_term(term: Term, row: Factor, expr: Expr) -> Term:
 # --- squared norms of rows ----------------------------------------------------------------------
 
 
-def _unexpanded(expr: Expr, square: Square, runs: int) -> Recipe | None:
+def _unexpanded(expr: Expr, square: Square, runs: float) -> Recipe | None:
     """The recipe of a sum of squares of ``rows @ Z + b``, or None if it is none that pays."""
     inner, over = square.inner, frozenset(square.over)
     group, constant = _by_degree(inner)
@@ -441,7 +448,7 @@ def _unexpanded(expr: Expr, square: Square, runs: int) -> Recipe | None:
     rest = [_product(t, expr, runs) for t in square.rest.terms]
     cost = sum((c for _, c in shifts), cost) + _row_square_cost(_operand(part.rows), weight, over)
     norm = RowSquare(part, tuple(p for p, _ in shifts), square.over, square.scale)
-    return _whole_recipe(expr, [((norm,), cost), *(((p,), c) for p, c in rest)], square)
+    return _whole_recipe(expr, [((norm,), cost), *(((p,), c) for p, c in rest)], runs, square)
 
 
 def _by_degree(expr: Expr) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
@@ -473,7 +480,7 @@ def _row_square_cost(rows: Operand, weight: Operand, over: frozenset[Label]) -> 
 # --- convolutions -------------------------------------------------------------------------------
 
 
-def _with_convolutions(groups: Sequence[tuple[Term, ...]], expr: Expr, runs: int) -> list[Option]:
+def _with_convolutions(groups: Sequence[tuple[Term, ...]], expr: Expr, runs: float) -> list[Option]:
     """The options for groups of terms; what sees the data on the same taps may share a kernel."""
     tapped = [group for group in groups if kernels.has_taps(group[0])]
     others = [group for group in groups if not kernels.has_taps(group[0])]
@@ -512,7 +519,7 @@ def _views(group: Sequence[Term], expr: Expr) -> tuple[View, ...]:
 
 def _joining(
     found: Sequence[tuple[tuple[View, ...], Option]], views: tuple[View, ...], alone: Option,
-    expr: Expr, runs: int,
+    expr: Expr, runs: float,
 ) -> Iterator[tuple[int, Option]]:  # fmt: skip
     """The convolutions that are no dearer with further terms in their kernels than beside them."""
     addition = contraction.written(_whole(expr)).time
@@ -522,7 +529,7 @@ def _joining(
             yield k, together
 
 
-def _convolution(views: tuple[View, ...], expr: Expr, runs: int) -> Option | None:
+def _convolution(views: tuple[View, ...], expr: Expr, runs: float) -> Option | None:
     """All terms of a group through one kernel, if there is one."""
     shared, kept = kernels.share(views), views[0].kept
     if shared is None:
@@ -537,7 +544,7 @@ def _convolution(views: tuple[View, ...], expr: Expr, runs: int) -> Option | Non
     rows = Operand(shared.seen, trainable, False, np.dtype(expr.dtype).itemsize)
     _, cost = contraction.pair(rows, kernel, kept, runs)
     if shared.is_assembled:
-        cost = cost + contraction.written(kernel)
+        cost = cost + contraction.written(kernel) * (1 / runs if kernel.once else 1.0)
     part = Convolution(
         shared.rows, shared.ones, shared.grids, tuple(p for p, _ in built), shared.places, labels,
         kept, views[0].windows,
@@ -556,7 +563,7 @@ def _effective_weight(terms: Sequence[Term], labels: Iterable[Label], expr: Expr
 # --- mean squares -------------------------------------------------------------------------------
 
 
-def _mean_square(term: Term, expr: Expr, runs: int) -> Option | None:
+def _mean_square(term: Term, expr: Expr, runs: float) -> Option | None:
     """Recognises ``sum_n z z W W'`` with z centred over n and W, W' the same weight."""
     data = [f for f in term.factors if f.is_data]
     if len(data) != 2 or term.windows or not data[0].centred or data[0].leaf != data[1].leaf:
@@ -564,6 +571,8 @@ def _mean_square(term: Term, expr: Expr, runs: int) -> Option | None:
     first, second = data
     if first.centred != second.centred or first.centred & expr.free:
         return None
+    if math.isinf(runs):
+        raise Unrepresentable("statistics of a batch through weights, for which nothing is saved")
     halves = _halves(term, first, second, expr)
     if halves is None or np.dtype(expr.dtype).itemsize < 4:
         return None

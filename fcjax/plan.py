@@ -114,7 +114,7 @@ class Plan:
     boundaries: frozenset[Equation]
     before: Cost
     after: Cost
-    runs: int
+    runs: float
 
     @functools.cached_property
     def is_trivial(self) -> bool:
@@ -145,11 +145,11 @@ def plan(
         for i, bodies in network.nested.items()
     }
     found = _planned(network, nested, objective, original)
-    other = centred(network)
+    other = None if math.isinf(network.runs) else centred(network)
     if other is None:
         return found
     less_means = _planned(other, nested, objective, original or network)
-    pays = _pays(found.after, less_means.after, objective, for_sure=True)
+    pays = _pays(found.after, less_means.after, objective, network.runs, for_sure=True)
     return less_means if pays else found
 
 
@@ -188,7 +188,7 @@ def _price(network: Written) -> Cost:
     return sum((_priced(expr, network.runs).cost for expr in network.roots.values()), fixed)
 
 
-def _priced(expr: Expr, runs: int) -> Recipe:
+def _priced(expr: Expr, runs: float) -> Recipe:
     try:
         return recipe(expr, runs, square_in(expr))
     except Unrepresentable:  # computed as written, at a price nobody compares with
@@ -225,7 +225,7 @@ class _Search:
         roots: dict[Value, Expr],
         hard: Set[Value],
         objective: Objective,
-        runs: int,
+        runs: float,
     ) -> None:
         self.hard = hard
         self.objective = objective
@@ -276,7 +276,7 @@ class _Search:
         gone = [v for v in move if v not in self.hard]
         before = sum((self.recipes[v].cost for v in (*affected, *gone)), Cost())
         after = sum((how.cost for how in new.values()), Cost())
-        if not _pays(before, after, self.objective, for_sure=False):
+        if not _pays(before, after, self.objective, self.runs, for_sure=False):
             roots = tuple(sorted(affected, key=self.order.__getitem__))
             self.declined[move] = Change(roots, move, before, after, taken=False)
             return False
@@ -322,21 +322,23 @@ class _Search:
         after = sum((self.recipes[v].cost for v in left), Cost())
         roots = tuple(v for v in left if v in self.changed)
         gone = tuple(v for v in group if v in self.gone)
-        pays = _pays(before, after, self.objective, for_sure=True)
+        pays = _pays(before, after, self.objective, self.runs, for_sure=True)
         return Change(roots, gone, before, after, pays)
 
 
-def _pays(before: Cost, after: Cost, objective: Objective, *, for_sure: bool) -> bool:
+def _pays(before: Cost, after: Cost, objective: Objective, runs: float, *, for_sure: bool) -> bool:
     """Whether a rewrite is worth it; ``for_sure`` asks for a margin."""
     if folds_always():
         return True
+    if math.isinf(runs) and after.flops > (1 + 1e-9) * before.flops:
+        return False
     margin = SAFE_MARGIN if after.flops <= 1.01 * before.flops else MARGIN
     limit = 1 - margin if for_sure else 1 + 1e-9
     if objective == "memory":
         smaller = after.held < limit * before.held
         same = after.held <= before.held and after.time <= limit * before.time
         return (smaller and after.time <= SLOWEST * before.time) or same
-    smaller = after.held <= CLEARLY_LESS * before.held
+    smaller = before.held > 0 and after.held <= CLEARLY_LESS * before.held
     return after.time <= (1 + TIE if smaller else limit) * before.time
 
 

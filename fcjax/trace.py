@@ -11,7 +11,17 @@ from fcjax import compat
 from fcjax.compat import JaxprEqn
 from fcjax.expressions import Leaf
 
-__all__ = ["Body", "Equation", "Kind", "Value", "flatten", "kinds", "nested_bodies"]
+__all__ = [
+    "INLINED",
+    "REMAT",
+    "Body",
+    "Equation",
+    "Kind",
+    "Value",
+    "flatten",
+    "kinds",
+    "nested_bodies",
+]
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 """Calls that only group equations; custom derivatives, remat and loops mean more than that."""
@@ -81,10 +91,14 @@ class Body:
     rows: frozenset[Value] = frozenset()
 
 
-def flatten(jaxpr: Any) -> Body:
+REMAT = frozenset({"remat2", "checkpoint"})
+"""Calls whose values are computed anew for the backward pass."""
+
+
+def flatten(jaxpr: Any, inlined: frozenset[str] = INLINED) -> Body:
     """Inlines every plain call of a (closed) jaxpr, giving each inlining values of its own."""
     opened, consts = compat.open_jaxpr(jaxpr)
-    builder = _Builder()
+    builder = _Builder(inlined)
     inputs = [Value(var.aval) for var in opened.invars]
     names: dict[Any, Atom] = dict(zip(opened.invars, inputs, strict=True))
     outputs = builder.inline(opened, consts, names)
@@ -96,7 +110,8 @@ def flatten(jaxpr: Any) -> Body:
 class _Builder:
     """Collects the equations and constants of nested jaxprs."""
 
-    def __init__(self) -> None:
+    def __init__(self, inlined: frozenset[str]) -> None:
+        self.inlined = inlined
         self.equations: list[Equation] = []
         self.constants: dict[int, tuple[Value, Any]] = {}
 
@@ -109,7 +124,7 @@ class _Builder:
 
         for eqn in jaxpr.eqns:
             inputs = [read(atom) for atom in eqn.invars]
-            inner = _inlinable(eqn)
+            inner = _inlinable(eqn, self.inlined)
             if inner is not None:
                 opened, inner_consts = compat.open_jaxpr(inner)
                 own: dict[Any, Atom] = dict(zip(opened.invars, inputs, strict=True))
@@ -148,9 +163,9 @@ def _number(eqn: JaxprEqn) -> compat.Literal | None:
     return compat.Literal(np.asarray(value)[()], aval)
 
 
-def _inlinable(eqn: JaxprEqn) -> Any | None:
+def _inlinable(eqn: JaxprEqn, inlined: frozenset[str]) -> Any | None:
     """The jaxpr of a call that can be inlined, else None."""
-    if eqn.primitive.name not in INLINED:
+    if eqn.primitive.name not in inlined:
         return None
     shardings = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
     if any(type(s).__name__ != "UnspecifiedValue" for s in shardings):
@@ -232,7 +247,7 @@ def nested_bodies(equation: Equation, known: dict[Value, Kind]) -> tuple[Inner, 
     params = equation.source.params
     if equation.source.effects:
         return ()
-    if equation.name in ("remat2", "checkpoint"):
+    if equation.name in REMAT:
         return (Inner(params["jaxpr"], tuple(of)),)
     if equation.name == "cond":
         return tuple(Inner(branch, tuple(of[1:])) for branch in params["branches"])

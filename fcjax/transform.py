@@ -1,6 +1,5 @@
 """``front_contribute``: the library's one transform, and the object it returns."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -8,11 +7,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array
 
 from fcjax import axes, certificate, check, compat, hoisting, trace
 from fcjax import report as reporting
+from fcjax.calls import Call
 from fcjax.errors import NotFoldableError
 from fcjax.final import before_final
 from fcjax.flow_matrices import MatrixFold
@@ -147,7 +145,7 @@ class FrontContribution:
         self.paths = self._tree.paths
         self._avals = tuple(jax.typeof(leaf) for leaf in self._tree.leaves)
         self._compiled: dict[Hashable, _Compiled] = {}
-        call = _Call.of(example_args, {})
+        call = Call.of(example_args, {})
         body, out_structure, assumed = self._trace(self._avals, call, anywhere=True)
         self._reduction = nothing(self._tree)
         network = self._written(body, call)
@@ -199,7 +197,7 @@ class FrontContribution:
           (5, 3)
         """
         leaves = self._leaves(params, self.contributions["frozen"])
-        call = _Call.of(args, kwargs)
+        call = Call.of(args, kwargs)
         self._reduction.refuse_outside(call.arrays)
         running = self._reduction.running(leaves, self.contributions)
         compiled = self._compile(running, call)
@@ -235,7 +233,7 @@ class FrontContribution:
           [[0.0, 2.0, 4.0]]
         """
         leaves = self._leaves(params, contributions["frozen"])
-        call = _Call.of(args, kwargs)
+        call = Call.of(args, kwargs)
         running = self._reduction.running(leaves, contributions)
         compiled = self._compile(running, call)
         own = {id(a): i for i, (_, a) in enumerate(self._example.body.constants)}
@@ -411,7 +409,7 @@ class FrontContribution:
 
     # --- tracing and planning, once for every set of shapes ---
 
-    def _compile(self, running: Sequence[Any], call: "_Call") -> "_Compiled":
+    def _compile(self, running: Sequence[Any], call: Call) -> "_Compiled":
         avals = [self._original(i, jax.typeof(x)) for i, x in enumerate(running)]
         key = self._key(avals, call)
         found = self._compiled.get(key)
@@ -427,14 +425,14 @@ class FrontContribution:
         shape = self._avals[leaf].shape
         return aval if aval.shape == shape else jax.core.ShapedArray(shape, aval.dtype)
 
-    def _key(self, avals: Sequence[Any], call: "_Call") -> Hashable:
+    def _key(self, avals: Sequence[Any], call: Call) -> Hashable:
         of_call = tuple(jax.typeof(x) for x in call.arrays)
         precision = jax.config.values["jax_default_matmul_precision"]
         around = folds_always(), precision, compat.bound_axes()
         return tuple(avals), of_call, call.static, around
 
     def _trace(
-        self, avals: Sequence[Any], call: "_Call", *, anywhere: bool = False
+        self, avals: Sequence[Any], call: Call, *, anywhere: bool = False
     ) -> tuple[Body, Any, tuple[str, ...]]:
         """The network on its original parameters, and the structure of what it returns.
 
@@ -453,10 +451,10 @@ class FrontContribution:
             )
         return trace.flatten(jaxpr), jax.tree.structure(shapes), assumed
 
-    def _written(self, body: Body, call: "_Call") -> Written:
+    def _written(self, body: Body, call: Call) -> Written:
         return written(body, self._kinds(call))
 
-    def _kinds(self, call: "_Call") -> list[Kind]:
+    def _kinds(self, call: Call) -> list[Kind]:
         followed = self._reduction.followed
         of_params = [
             PARAM if trained and leaf not in followed else FROZEN
@@ -465,7 +463,7 @@ class FrontContribution:
         return [*of_params, *itertools.repeat(DATA, len(call.arrays))]
 
     def _planned(
-        self, body: Body, call: "_Call", out_structure: Any, original: Written | None = None
+        self, body: Body, call: Call, out_structure: Any, original: Written | None = None
     ) -> "_Compiled":
         """The plan; what ``original`` costs, the network by default, is its price as written."""
         if self._reduction.is_trivial:
@@ -513,36 +511,6 @@ class FrontContribution:
 # --- one traced and planned call ----------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """Arguments of a call, arrays apart from what is fixed while tracing.
-
-    Attributes:
-      arrays: the array arguments in flattening order.
-      static: the structure and everything in it that is no array.
-    """
-
-    arrays: tuple[Any, ...]
-    static: tuple[Any, tuple[Any, ...]]
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call":
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        arrays = (Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
-        is_array = [isinstance(x, arrays) for x in leaves]
-        fixed = tuple(None if a else x for x, a in zip(leaves, is_array, strict=True))
-        marks = tuple(is_array)
-        return cls(
-            tuple(x for x, a in zip(leaves, is_array, strict=True) if a),
-            (structure, tuple(zip(marks, fixed, strict=True))),
-        )
-
-    def rebuild(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        structure, marked = self.static
-        given = iter(arrays)
-        return jax.tree.unflatten(structure, [next(given) if a else x for a, x in marked])
-
-
 class _Compiled:
     """A plan for one set of shapes, as a jitted function."""
 
@@ -574,7 +542,7 @@ def _tree(params: PyTree) -> Tree:
 def _require_folded(fc: FrontContribution, example_args: tuple[Any, ...]) -> None:
     left = [fc.paths[i] for i in before_final(fc.plan.body, fc.plan.known, len(fc.paths))]
     if left:
-        call = _Call.of(example_args, {})
+        call = Call.of(example_args, {})
         body, *_ = fc._trace(fc._avals, call, anywhere=True)
         kinds = [PARAM if trained else FROZEN for trained in fc._tree.trained]
         kinds += [DATA] * len(call.arrays)

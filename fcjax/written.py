@@ -8,7 +8,7 @@ are computed, and what reads them sees them as leaves.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from fcjax.primitives import RULES, VIEWS
 from fcjax.trace import Atom, Body, Equation, Kind, Value
 
 __all__ = ["Written", "handed_over", "written"]
+
+Kinds = Callable[[Body, Sequence[Kind]], dict[Value, Kind]]
 
 
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "reduce_window_sum"})
@@ -49,7 +51,7 @@ class Written:
     hard: frozenset[Value]
     boundaries: frozenset[Equation]
     nested: dict[int, tuple["Written", ...]]
-    runs: int = 1
+    runs: float = 1
     forced: frozenset[Value] = frozenset()
 
     @functools.cached_property
@@ -76,21 +78,30 @@ class Written:
         return bool(self.forced) or any(w.has_forced for ws in self.nested.values() for w in ws)
 
 
-def written(body: Body, inputs: Sequence[Kind], runs: int = 1) -> Written:
+def written(
+    body: Body, inputs: Sequence[Kind], runs: float = 1, kinds: Kinds = trace.kinds
+) -> Written:
     """Reads a body.
 
     Args:
       body: the equations.
       inputs: what each input of the body depends on.
-      runs: how often the body runs in one training step.
+      runs: how often the body runs in one training step; with ``math.inf`` bodies inside it do too,
+        and products of what is the same in every run are free.
+      kinds: finds out what each value depends on.
     """
-    known = trace.kinds(body, inputs)
+    known = kinds(body, inputs)
     reader = _Reader(body, known)
     nested = {}
     for i, equation in enumerate(body.equations):
         inner = trace.nested_bodies(equation, known)
         if inner:
-            nested[i] = tuple(written(trace.flatten(b.jaxpr), b.kinds, b.runs) for b in inner)
+            nested[i] = tuple(
+                written(
+                    trace.flatten(b.jaxpr), b.kinds, runs if math.isinf(runs) else b.runs, kinds
+                )
+                for b in inner
+            )
     return Written(
         body, known, reader.roots, frozenset(reader.hard), frozenset(reader.boundaries), nested,
         runs,

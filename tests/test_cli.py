@@ -60,6 +60,11 @@ def test_laws_refuses_a_missing_folder(networks, tmp_path, capsys):
     assert "--plot" in capsys.readouterr().err
 
 
+def test_merge_prints_what_is_left(networks, capsys):
+    assert main(["merge", f"{networks}:linear"]) == 0
+    assert "first+second/kernel" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -1,0 +1,207 @@
+"""What merging a trained network saves at inference: weights, operations and latency.
+
+    python benchmarks/merge.py [--only NAME] [--quick] [--machine NAME]
+
+The original and the merged network take turns in one process, compiled, at several batch sizes. The
+original is compiled and timed twice; the ratio of the two (A/A) is the noise: the merged network
+may not be slower by more. The bar is judged on medians; ratios of best times stand beside them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from models import normal
+from recording import parser, record, show
+
+import fcjax
+from fcjax.measure import compare_steps
+
+PyTree = Any
+BATCHES = (1, 8, 64)
+DIFFERENCE = 1e-4
+COLUMNS = (
+    "network, batch",
+    "weights before, after",
+    "MFLOP before, after",
+    "latency ms before, after",
+    "times faster (median, best)",
+    "A/A",
+    "output difference",
+    "verdict",
+)
+statistics = functools.partial(nn.BatchNorm, use_running_average=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One network.
+
+    Attributes:
+      module: the network.
+      shape: the shape of one input, without the batch.
+    """
+
+    module: nn.Module
+    shape: tuple[int, ...]
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+class RepVgg(nn.Module):
+    """Blocks of 3x3, 1x1 and identity branches, each with BatchNorm."""
+
+    blocks: int = 3
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # noqa: D102
+        width = x.shape[-1]
+        for _ in range(self.blocks):
+            wide = statistics()(nn.Conv(width, (3, 3), use_bias=False)(x))
+            point = statistics()(nn.Conv(width, (1, 1), use_bias=False)(x))
+            x = nn.relu(wide + point + statistics()(x))
+        return x
+
+
+class ResNet(nn.Module):
+    """Bottleneck blocks with BatchNorm."""
+
+    blocks: int = 3
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # noqa: D102
+        width = x.shape[-1]
+        for _ in range(self.blocks):
+            h = nn.relu(statistics()(nn.Conv(width // 4, (1, 1), use_bias=False)(x)))
+            h = nn.relu(statistics()(nn.Conv(width // 4, (3, 3), use_bias=False)(h)))
+            x = nn.relu(x + statistics()(nn.Conv(width, (1, 1), use_bias=False)(h)))
+        return x
+
+
+class Transformer(nn.Module):
+    """Pre-norm blocks."""
+
+    blocks: int = 2
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # noqa: D102
+        width = x.shape[-1]
+        for _ in range(self.blocks):
+            x = x + nn.MultiHeadDotProductAttention(num_heads=8)(nn.LayerNorm()(x))
+            x = x + nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x))))
+        return x
+
+
+class Adapters(nn.Module):
+    """Dense layers with a low-rank branch beside each."""
+
+    rank: int = 16
+    layers: int = 4
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # noqa: D102
+        width = x.shape[-1]
+        for _ in range(self.layers):
+            low = nn.Dense(self.rank, use_bias=False)(x)
+            x = nn.relu(nn.Dense(width)(x) + nn.Dense(width, use_bias=False)(low))
+        return x
+
+
+def chain(*widths: int) -> nn.Module:
+    """Dense layers without activations."""
+    return nn.Sequential([nn.Dense(width) for width in widths])
+
+
+CASES = {
+    "linear 784-1024x4-10": Case(chain(1024, 1024, 1024, 1024, 10), (784,)),
+    "bottleneck 512-8-512": Case(chain(8, 512), (512,)),
+    "adapters 512, rank 16": Case(Adapters(), (512,)),
+    "RepVGG 32 channels, 32x32": Case(RepVgg(), (32, 32, 32)),
+    "ResNet 64 channels, 32x32": Case(ResNet(), (32, 32, 64)),
+    "transformer 256, 64 tokens": Case(Transformer(), (64, 256)),
+    "ReLU 512-512-10": Case(nn.Sequential([nn.Dense(512), nn.relu, nn.Dense(10)]), (512,)),
+}
+
+
+# --- measurement ----------------------------------------------------------------------------------
+
+
+def measure(case: Case, batch: int, repeats: int) -> dict[str, Any]:
+    """All numbers of one network at one batch size, in seconds."""
+    x = normal(1, batch, *case.shape)
+    shapes = jax.eval_shape(case.module.init, jax.random.key(0), x)
+    variables = jax.tree.map(lambda s: 0.02 + 0.05 * jnp.abs(normal(s.size, *s.shape)), shapes)
+    apply_fn: Callable[..., Array] = case.module.apply
+    merged = fcjax.merge(apply_fn, variables, x)
+    ways = {
+        "original": functools.partial(jax.jit(apply_fn), variables),
+        "compiled twice": functools.partial(jax.jit(lambda v, x: apply_fn(v, x)), variables),
+        "merged": functools.partial(jax.jit(merged.apply), merged.params),
+    }
+    timings = compare_steps(ways, (x,), repeats)
+    twin = (timings.ratio("compiled twice"), timings.best_ratio("compiled twice"))
+    wanted, found = ways["original"](x), ways["merged"](x)
+    return {
+        "weights": merged.weights,
+        "flops": merged.flops,
+        "median_seconds": {name: timings.median(name) for name in ("original", "merged")},
+        "times_faster": (timings.ratio("merged"), timings.best_ratio("merged")),
+        "noise": max(timings.aa_spread, *(abs(ratio - 1.0) for ratio in twin)),
+        "output_difference": float(jnp.max(jnp.abs(found - wanted)) / jnp.max(jnp.abs(wanted))),
+        "as_written": merged.reason is not None,
+    }
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """The bars that are missed, or that all are passed."""
+    missed = []
+    if result["times_faster"][0] < 1.0 - result["noise"]:
+        missed.append("slower")
+    if result["flops"][1] > result["flops"][0]:
+        missed.append("more operations")
+    if not result["output_difference"] <= DIFFERENCE:
+        missed.append("other outputs")
+    return "FAIL: " + ", ".join(missed) if missed else "PASS"
+
+
+def as_row(result: dict[str, Any]) -> list[str]:
+    """One row of the table."""
+    before, after = result["median_seconds"].values()
+    return [
+        result["network"] + (" (as written)" if result["as_written"] else ""),
+        "{:,}, {:,}".format(*result["weights"]),
+        ", ".join(f"{flops / 1e6:.4g}" for flops in result["flops"]),
+        f"{1e3 * before:.3g}, {1e3 * after:.3g}",
+        "{:.2f}, {:.2f}".format(*result["times_faster"]),
+        f"{100 * result['noise']:.0f} %",
+        f"{result['output_difference']:.0e}",
+        result["verdict"],
+    ]
+
+
+def main() -> None:
+    """Measures, prints and records."""
+    arguments = parser("what merging a network saves at inference")
+    arguments.add_argument("--only", choices=sorted(CASES), nargs="+", help="these networks")
+    options = arguments.parse_args()
+    results = {}
+    for name in options.only or CASES:
+        for batch in BATCHES:
+            key = f"{name}, {batch}"
+            result = measure(CASES[name], batch, repeats=5 if options.quick else 25)
+            results[key] = {"network": key, **result, "verdict": verdict(result)}
+            print(" | ".join(as_row(results[key])), flush=True)
+    title = f"jax {jax.__version__}, {options.machine}"
+    show(title, COLUMNS, [as_row(r) for r in results.values()])
+    if not options.quick:
+        print(record("merge", options.machine, results, COLUMNS, as_row))
+
+
+if __name__ == "__main__":
+    main()
