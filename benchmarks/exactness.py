@@ -29,7 +29,7 @@ from rich.progress import track
 from sklearn.datasets import load_digits
 
 import fcjax
-from fcjax.law_plots import drifts
+from fcjax.laws.plots import drifts
 
 PyTree = Any
 DOCS = Path(__file__).parents[1] / "docs"

@@ -1,15 +1,15 @@
 """Front contribution: train over-parameterised networks at the plain network's price, exactly."""
 
-from fcjax.drift import DriftState as DriftState
-from fcjax.drift import track_drift as track_drift
-from fcjax.equivariance import equivariance as equivariance
 from fcjax.errors import FrontContributionError as FrontContributionError
 from fcjax.errors import NotFoldableError as NotFoldableError
-from fcjax.laws import ConservationLaws as ConservationLaws
-from fcjax.laws import conservation_laws as conservation_laws
-from fcjax.merge import Merged as Merged
-from fcjax.merge import merge as merge
+from fcjax.laws.conservation import ConservationLaws as ConservationLaws
+from fcjax.laws.conservation import conservation_laws as conservation_laws
+from fcjax.merging.merge import Merged as Merged
+from fcjax.merging.merge import merge as merge
 from fcjax.report import Row as Row
+from fcjax.rules.drift import DriftState as DriftState
+from fcjax.rules.drift import track_drift as track_drift
+from fcjax.rules.equivariance import equivariance as equivariance
 from fcjax.transform import FrontContribution as FrontContribution
 from fcjax.transform import front_contribute as front_contribute
 from fcjax.verify import Verification as Verification

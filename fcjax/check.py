@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcjax.axes import unbound
 from fcjax.errors import FrontContributionError
 from fcjax.names import path_name
-from fcjax.trace import Body, Kind, Value
+from fcjax.tracing.axes import unbound
+from fcjax.tracing.trace import Body, Kind, Value
 
 __all__ = [
     "data",

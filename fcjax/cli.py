@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from fcjax.errors import FrontContributionError
-from fcjax.law_plots import plot_drift
-from fcjax.laws import conservation_laws
-from fcjax.merge import merge
+from fcjax.laws.conservation import conservation_laws
+from fcjax.laws.plots import plot_drift
+from fcjax.merging.merge import merge
 from fcjax.transform import front_contribute
 
 

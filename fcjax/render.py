@@ -3,10 +3,10 @@
 import itertools
 from collections.abc import Mapping
 
-from fcjax.expressions import Expr, Factor, Term
-from fcjax.parts import Convolution, Linear, MeanSquare, Part, Product, Recipe, RowSquare
-from fcjax.plan import Plan
-from fcjax.trace import Atom, Equation, Value
+from fcjax.expressions.algebra import Expr, Factor, Term
+from fcjax.planning.parts import Convolution, Linear, MeanSquare, Part, Product, Recipe, RowSquare
+from fcjax.planning.plan import Plan
+from fcjax.tracing.trace import Atom, Equation, Value
 
 __all__ = ["lines"]
 
@@ -41,7 +41,7 @@ class _Printer:
         self.outputs = [a for a in plan.body.outputs if isinstance(a, Value)]
 
     def lines(self) -> list[str]:
-        from fcjax.program import Nested, Program, Segment
+        from fcjax.running.program import Nested, Program, Segment
 
         printed: list[str] = []
         for step in Program(self.plan).steps:

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fcjax.expressions import Expr
+from fcjax.expressions.algebra import Expr
+from fcjax.expressions.written import handed_over
 from fcjax.names import short_names
-from fcjax.plan import Change, Plan
-from fcjax.reduction import Reduction
+from fcjax.planning.plan import Change, Plan
 from fcjax.render import lines
-from fcjax.trace import Value
-from fcjax.written import handed_over
+from fcjax.rules.reduction import Reduction
+from fcjax.tracing.trace import Value
 
 __all__ = ["Row", "rows", "text"]
 

@@ -8,23 +8,26 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fcjax import axes, certificate, check, compat, hoisting, trace
+from fcjax import check, compat
 from fcjax import report as reporting
-from fcjax.calls import Call
 from fcjax.errors import NotFoldableError
-from fcjax.final import before_final
-from fcjax.flow_matrices import MatrixFold
-from fcjax.flow_rules import unasked
+from fcjax.expressions.written import Written, written
+from fcjax.laws import certificate
 from fcjax.names import path_name
-from fcjax.plan import Plan, folds_always, plan
-from fcjax.products import MatrixChain, with_products
-from fcjax.program import Program
-from fcjax.reduction import Tree, nothing
+from fcjax.planning import hoisting
+from fcjax.planning.plan import Plan, folds_always, plan
 from fcjax.report import Row
-from fcjax.rewrite import rewritten
-from fcjax.rules import choose
-from fcjax.trace import Body, Kind
-from fcjax.written import Written, written
+from fcjax.rules.choice import choose
+from fcjax.rules.flow_matrices import MatrixFold
+from fcjax.rules.flow_rules import unasked
+from fcjax.rules.products import MatrixChain, with_products
+from fcjax.rules.reduction import Tree, nothing
+from fcjax.rules.rewrite import rewritten
+from fcjax.running.program import Program
+from fcjax.tracing import axes, trace
+from fcjax.tracing.calls import Call
+from fcjax.tracing.final import before_final
+from fcjax.tracing.trace import Body, Kind
 
 __all__ = ["FrontContribution", "front_contribute"]
 

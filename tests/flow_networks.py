@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcjax import matrix_flows
+from fcjax.rules import matrix_flows
 
 relu = jax.nn.relu
 

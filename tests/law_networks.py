@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fcjax import symmetries, trace
+from fcjax.laws import symmetries
+from fcjax.tracing import trace
 from fcjax.transform import DATA, PARAM
 
 RELUS = {

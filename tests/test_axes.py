@@ -16,7 +16,7 @@ from zoo import cast, weights
 
 import fcjax
 from fcjax import FrontContributionError
-from fcjax.plan import always_fold
+from fcjax.planning.plan import always_fold
 
 DEVICES, ROWS, AXIS = 8, 4, "batch"
 X = np.random.default_rng(0).standard_normal((DEVICES, ROWS, 5))

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import fcjax
-from fcjax import certificate
-from fcjax.certificate import Certificate
+from fcjax.laws import certificate
+from fcjax.laws.certificate import Certificate
 
 ACTS = {"linear": lambda z: z, "relu": jax.nn.relu, "squared": lambda z: jax.nn.relu(z) ** 2}
 

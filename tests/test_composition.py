@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from training import backprop, floating, objective, relative_deviation
 
 import fcjax
-from fcjax.plan import always_fold
+from fcjax.planning.plan import always_fold
 
 SMALL = ["segments_between_activations", "layer_norm_then_chain", "batch_norm_branches", "cond"]
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcjax.contraction import Cost, Operand, members, pair, price, search, written
-from fcjax.expressions import Label
+from fcjax.expressions.algebra import Label
+from fcjax.planning.contraction import Cost, Operand, members, pair, price, search, written
 
 moderate = settings(max_examples=30, deadline=None, derandomize=True)
 

@@ -16,14 +16,14 @@ from test_primitives import QUICK, arrays, assert_recipes_agree
 from training import relative_deviation
 
 import fcjax
-from fcjax import expressions as ex
-from fcjax import trace
-from fcjax.expressions import Unrepresentable
-from fcjax.parts import Convolution, recipe
-from fcjax.plan import always_fold, plan
-from fcjax.primitives import RULES
+from fcjax.expressions import algebra as ex
+from fcjax.expressions.algebra import Unrepresentable
+from fcjax.expressions.primitives import RULES
+from fcjax.expressions.written import written
+from fcjax.planning.parts import Convolution, recipe
+from fcjax.planning.plan import always_fold, plan
+from fcjax.tracing import trace
 from fcjax.transform import DATA, PARAM
-from fcjax.written import written
 
 
 def conv(x, kernel, stride=1, padding="SAME", spread=1, dilation=1, groups=1):

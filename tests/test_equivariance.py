@@ -9,7 +9,7 @@ import optax
 import pytest
 from optax import contrib
 
-from fcjax.equivariance import Follows, Shrinks, Stays, equivariance, experiment
+from fcjax.rules.equivariance import Follows, Shrinks, Stays, equivariance, experiment
 
 RATE = 1e-2
 BOTH = {"orthogonal", "sign"}

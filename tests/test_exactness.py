@@ -26,10 +26,10 @@ from training import (
 )
 
 import fcjax
-import fcjax.plan
+from fcjax.planning.plan import always_fold
 
 STEPS = 300
-PLANNERS = {"priced": contextlib.nullcontext, "always": fcjax.plan.always_fold}
+PLANNERS = {"priced": contextlib.nullcontext, "always": always_fold}
 
 each_network = pytest.mark.parametrize("name", zoo.names())
 
@@ -147,7 +147,7 @@ def test_the_report_says_whether_anything_collapses(name):
 def test_float32_gradients_are_within_1e_4_of_float64_backprop(name):
     outputs, _, gradients = one_step_of_backprop(name)
     network = in_dtype(zoo.build(name), jnp.float32)
-    with fcjax.plan.always_fold():
+    with always_fold():
         fc = folded(network)
         step = jax.jit(functools.partial(value_and_gradients, network, fc.apply))
         fc_outputs, _, fc_gradients = step(fc.params, *held_out(network))

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcjax import expressions as ex
-from fcjax.evaluate import evaluate
-from fcjax.expressions import Expr, Factor, Label, Leaf, Term, Unrepresentable, term_key
-from fcjax.parts import recipe
+from fcjax.expressions import algebra as ex
+from fcjax.expressions.algebra import Expr, Factor, Label, Leaf, Term, Unrepresentable, term_key
+from fcjax.planning.parts import recipe
+from fcjax.running.evaluate import evaluate
 
 moderate = settings(max_examples=10, deadline=None, derandomize=True)
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)

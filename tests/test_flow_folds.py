@@ -14,9 +14,9 @@ import pytest
 from flow_networks import NETWORKS, Network, chain, normal, same_product, unbalanced, vectors
 
 import fcjax
-from fcjax import linearity
 from fcjax.errors import FrontContributionError, NotFoldableError
 from fcjax.measure import residual_bytes
+from fcjax.rules import linearity
 
 RATES = [0.02 / 2**k for k in range(5)]
 SGD = optax.sgd(1e-2)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flow_networks import chain, normal, vectors
 
-from fcjax import flows, matrix_flows
+from fcjax.rules import flows, matrix_flows
 
 RATES = [0.02 / 2**k for k in range(5)]
 CHAINS = {

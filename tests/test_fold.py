@@ -13,9 +13,10 @@ import optax
 import pytest
 from training import relative_deviation
 
-from fcjax import fold, trace
+from fcjax.expressions.written import written
+from fcjax.rules import fold
+from fcjax.tracing import trace
 from fcjax.transform import DATA, PARAM
-from fcjax.written import written
 
 WIDTH = 6
 STEPS = 300

@@ -14,7 +14,7 @@ from training import relative_deviation
 from zoo import cast, from_nnx, linen, weights
 
 import fcjax
-from fcjax.plan import always_fold
+from fcjax.planning.plan import always_fold
 
 VOCABULARY, WIDTH = 6, 4
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (5, 8)).astype(np.int32)

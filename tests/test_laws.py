@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import fcjax
-from fcjax import law_plots
+from fcjax.laws import plots as law_plots
 
 ETA, DECAY, STEPS = 1e-2, 0.1, 4
 

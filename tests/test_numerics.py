@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from fcjax import numerics
-from fcjax.numerics import (
+from fcjax.running import numerics
+from fcjax.running.numerics import (
     centred_square_sum,
     differentiated_apart,
     row_square_sum,

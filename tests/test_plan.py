@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import fcjax
-from fcjax import trace
+from fcjax.expressions.written import written
 from fcjax.measure import residual_bytes
-from fcjax.parts import Linear, MeanSquare, RowSquare
-from fcjax.plan import always_fold, folds_always, plan
+from fcjax.planning.parts import Linear, MeanSquare, RowSquare
+from fcjax.planning.plan import always_fold, folds_always, plan
+from fcjax.tracing import trace
 from fcjax.transform import DATA, PARAM
-from fcjax.written import written
 
 TOKENS = 4096
 

@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 from jax import lax
 
 import fcjax
-from fcjax import compat, trace
-from fcjax import expressions as ex
-from fcjax.evaluate import evaluate, form
-from fcjax.expressions import Unrepresentable
-from fcjax.parts import recipe
-from fcjax.plan import always_fold, plan
-from fcjax.primitives import RULES, register
+from fcjax import compat
+from fcjax.expressions import algebra as ex
+from fcjax.expressions.algebra import Unrepresentable
+from fcjax.expressions.primitives import RULES, register
+from fcjax.expressions.written import written
+from fcjax.planning.parts import recipe
+from fcjax.planning.plan import always_fold, plan
+from fcjax.running.evaluate import evaluate, form
+from fcjax.tracing import trace
 from fcjax.transform import DATA, PARAM
-from fcjax.written import written
 
 TOLERANCE = 1e-12
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

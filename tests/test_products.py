@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fcjax import trace
-from fcjax.products import matrix_chains, with_products
+from fcjax.expressions.written import written
+from fcjax.rules.products import matrix_chains, with_products
+from fcjax.tracing import trace
 from fcjax.transform import DATA, PARAM
-from fcjax.written import written
 
 X = np.ones((6, 4))
 SQUARE = np.ones((4, 4))

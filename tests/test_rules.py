@@ -9,7 +9,7 @@ import optax
 import zoo
 
 import fcjax
-from fcjax.equivariance import Shrinks, experiment
+from fcjax.rules.equivariance import Shrinks, experiment
 
 
 def apply_both(params, x):

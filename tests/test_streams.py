@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import fcjax
-from fcjax import trace
+from fcjax.expressions.written import written
 from fcjax.measure import residual_bytes
-from fcjax.plan import always_fold, plan
-from fcjax.streams import centred, streams
+from fcjax.planning.plan import always_fold, plan
+from fcjax.planning.streams import centred, streams
+from fcjax.tracing import trace
 from fcjax.transform import DATA, PARAM
-from fcjax.written import written
 
 BATCH, LENGTH, WIDTH = 3, 5, 8
 

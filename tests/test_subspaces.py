@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from segments import balanced, orthogonal
 
-from fcjax import subspaces, trace
-from fcjax.spaces import find
-from fcjax.subspaces import change, made_with, outside, reach, span, used
+from fcjax.expressions.written import written
+from fcjax.spaces import subspaces
+from fcjax.spaces.hidden import find
+from fcjax.spaces.subspaces import change, made_with, outside, reach, span, used
+from fcjax.tracing import trace
 from fcjax.transform import DATA, PARAM
-from fcjax.written import written
 
 X = jax.ShapeDtypeStruct((7, 4), jnp.float64)
 EXACT = 1e-12

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from law_networks import found, normal
 
-from fcjax import scaling
-from fcjax.units import quadratic
+from fcjax.laws import scaling
+from fcjax.laws.units import quadratic
 
 relu = jax.nn.relu
 

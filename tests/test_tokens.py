@@ -14,8 +14,8 @@ import zoo_tokens
 from training import backprop, objective, relative_deviation, stacked_batches
 
 import fcjax
-from fcjax.parts import Linear
-from fcjax.plan import always_fold
+from fcjax.planning.parts import Linear
+from fcjax.planning.plan import always_fold
 
 STEPS = 200
 OPTIMIZER = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))

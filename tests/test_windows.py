@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fcjax import windows
+from fcjax.expressions import windows
 
 CASES = 4000
 

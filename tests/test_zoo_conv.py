@@ -12,7 +12,7 @@ import zoo_conv
 from training import backprop, objective, outputs_of_all, relative_deviation, stacked_batches, train
 
 import fcjax
-from fcjax.plan import always_fold
+from fcjax.planning.plan import always_fold
 
 STEPS = 200
 

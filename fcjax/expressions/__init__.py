@@ -1,0 +1,1 @@
+"""What each value is, as a sum of einsum terms over leaves."""

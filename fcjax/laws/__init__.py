@@ -1,0 +1,1 @@
+"""Symmetries of the network, what gradient flow conserves, and what that determines."""

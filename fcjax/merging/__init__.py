@@ -1,0 +1,1 @@
+"""A trained network for inference, every linear segment one operator."""

@@ -1,0 +1,465 @@
+"""``merge``: a trained network for inference, every linear segment one operator."""
+
+import contextlib
+import functools
+import io
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fcjax import check
+from fcjax.errors import FrontContributionError
+from fcjax.measure import Timings, compare_steps, flops
+from fcjax.merging.ahead import digest
+from fcjax.merging.kept import Kept, Merging
+from fcjax.merging.planned import merging
+from fcjax.names import joint_name, path_name
+from fcjax.running.program import Program
+from fcjax.tracing import trace
+from fcjax.tracing.calls import Call
+from fcjax.tracing.trace import Body
+
+__all__ = ["Merged", "MergedRow", "merge"]
+
+PyTree = Any
+OTHER_SIZES = (1, 2, 1024)
+"""Batch sizes for which a merged network is prepared beside that of the example."""
+MOST_SOURCES = 4
+
+
+def merge(
+    apply_fn: Callable[..., PyTree],
+    params: PyTree,
+    *example_args: Any,
+    constant_argnums: Sequence[int] = (),
+) -> "Merged":
+    r"""Merges a trained network for inference.
+
+    What depends on the parameters alone is computed once, here, and every linear segment becomes
+    one operator: :math:`y = x W_1 W_2 + b_1 W_2 + b_2` becomes :math:`y = x Z + c`. Branches add
+    up, adapters are added to the weights beside them, gains of normalisations and BatchNorm with
+    running statistics are multiplied into the weights. A product of weights that would make the
+    evaluation dearer, as behind a narrow waist, is not formed.
+
+    Args:
+      apply_fn: a pure function ``apply_fn(params, *args, **kwargs)`` that returns any pytree.
+      params: any pytree of arrays, for Flax linen all variables that stay the same, such as
+        ``{"params": ..., "batch_stats": ...}``.
+      *example_args: arrays or ``jax.ShapeDtypeStruct`` to trace with. With none, the input of a
+        dense network with one input is inferred from its kernels, if only one width fits.
+      constant_argnums: positions of further arguments of ``apply_fn`` that stay the same, such as
+        running statistics; ``params`` is 0. They must be arrays. Calls leave them out.
+
+    Returns:
+      the merged network, see :class:`Merged`.
+
+    Raises:
+      FrontContributionError: if an argument is unusable, with the remedy.
+
+    Example:
+      >>> import jax.numpy as jnp, fcjax
+      >>> params = {"up": jnp.ones((8, 64)), "bias": jnp.ones(64), "down": jnp.ones((64, 2))}
+      >>> def apply_fn(params, x):
+      ...     return (x @ params["up"] + params["bias"]) @ params["down"]
+      >>> merged = fcjax.merge(apply_fn, params, jnp.ones((16, 8)))
+      >>> {name: array.shape for name, array in merged.params.items()}
+      {'bias+down/bias': (2,), 'down+up/kernel': (8, 2)}
+      >>> merged.apply(merged.params, jnp.ones((3, 8))).shape
+      (3, 2)
+
+    References:
+      Ding et al. 2021, RepVGG, https://arxiv.org/abs/2101.03697
+    """
+    check.options(apply_fn, None, "discrete", "time", None)
+    check.params(params)
+    if not example_args:
+        example_args = check.inferred_arguments(apply_fn, params)
+    if constant_argnums:
+        apply_fn, params, example_args = _with_constants(
+            apply_fn, params, example_args, frozenset(constant_argnums)
+        )
+    return Merged(apply_fn, params, example_args)
+
+
+@dataclass(frozen=True)
+class MergedRow:
+    """One array of a merged network.
+
+    Attributes:
+      path: its name in ``params``.
+      shape: its shape.
+      sources: the leaves of the original parameters that it is made of.
+      reason: what was done, in a few words.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    reason: str
+
+
+class Merged:
+    """A network for inference.
+
+    Attributes:
+      apply_fn: the original function.
+      params: what ``apply`` takes: effective weights and biases, and the original leaves that are
+        still read, by name. The original pytree if there was nothing to merge.
+      reason: why nothing was merged, or None.
+      weights: the numbers of weights before and after.
+      flops: floating-point operations of one call with the example's shapes, before and after.
+    """
+
+    def __init__(
+        self, apply_fn: Callable[..., PyTree], params: PyTree, example_args: tuple[Any, ...]
+    ) -> None:
+        self.apply_fn = apply_fn
+        paths, self._structure = jax.tree_util.tree_flatten_with_path(params)
+        self._paths = tuple(path_name(path) for path, _ in paths)
+        self._original = tuple(leaf for _, leaf in paths)
+        self._avals = tuple(jax.typeof(leaf) for leaf in self._original)
+        self._compiled: dict[Hashable, _Compiled] = {}
+        self._timings: Timings | None = None
+        call = Call.of(example_args, {})
+        self._raw: frozenset[int] = frozenset()
+        first = self._settled(call)
+        self._names = _names(first.merging.kept, self._paths)
+        self._rows = tuple(_rows(first.merging.kept, self._names, self._paths))
+        self.reason = _nothing(self._rows)
+        self.params: PyTree = params
+        if self.reason is None:
+            self.params = self._formed(first)
+        self._given = jax.tree.map(jax.typeof, self.params)
+        self.weights = (_count(params), _count(self.params))
+        self.flops = (
+            flops(call.bind(apply_fn), params, *call.arrays),
+            flops(call.bind(self.apply), self.params, *call.arrays),
+        )
+
+    # --- evaluation ---
+
+    def apply(self, params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+        """The network's output, equal to the original's up to rounding.
+
+        Args:
+          params: arrays of the structure of ``merged.params``.
+          *args: what ``apply_fn`` takes, without constant arguments; of any batch size.
+          **kwargs: likewise.
+
+        Returns:
+          what ``apply_fn`` returns.
+
+        Raises:
+          FrontContributionError: if ``params`` has another structure, shapes or dtypes, or if a
+            call of these shapes reads the parameters in another way than the example did.
+
+        Example:
+          >>> import jax.numpy as jnp, fcjax
+          >>> merged = fcjax.merge(lambda p, x: x @ p[0] @ p[1], [jnp.eye(3)] * 2, jnp.ones((1, 3)))
+          >>> merged.apply(merged.params, jnp.ones(3)).tolist()
+          [1.0, 1.0, 1.0]
+        """
+        if self.reason is not None:
+            return self.apply_fn(params, *args, **kwargs)
+        check.structure(params, jax.tree.structure(self.params), "merged params")
+        _check_arrays(params, self._given)
+        call = Call.of(args, kwargs)
+        key = self._key(call)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            compiled = self._merged(call)
+            self._refuse_other(compiled, call)
+            if not any(isinstance(c, jax.core.Tracer) for c in compiled.constants):
+                self._compiled[key] = compiled
+        stored = [params[self._names[k.identity]] for k in compiled.merging.kept]
+        return compiled(stored, call.arrays)
+
+    def latency(self, *args: Any, repeats: int = 25) -> Timings:
+        """Times the original and the merged network in turns; ``print`` shows the last result.
+
+        Args:
+          *args: arrays to call both with.
+          repeats: number of rounds.
+
+        Returns:
+          times under the names ``original`` and ``merged``.
+
+        Example:
+          >>> import jax.numpy as jnp, fcjax
+          >>> merged = fcjax.merge(lambda p, x: x @ p[0] @ p[1], [jnp.eye(3)] * 2, jnp.ones((1, 3)))
+          >>> sorted(merged.latency(jnp.ones((4, 3)), repeats=3).seconds)
+          ['merged', 'original', 'original (again)']
+        """
+        call = Call.of(args, {})
+        original = jax.tree.unflatten(self._structure, self._original)
+        fns = {
+            "original": functools.partial(jax.jit(call.bind(self.apply_fn)), original),
+            "merged": functools.partial(jax.jit(call.bind(self.apply)), self.params),
+        }
+        self._timings = compare_steps(fns, call.arrays, repeats)
+        return self._timings
+
+    # --- tracing, once for every set of shapes ---
+
+    def _key(self, call: Call) -> Hashable:
+        of_call = tuple(jax.typeof(x) for x in call.arrays)
+        return of_call, call.static, jax.config.values["jax_default_matmul_precision"]
+
+    def _trace(self, call: Call) -> tuple[Body, Any]:
+        _refuse_symbols(call)
+        count = len(self._avals)
+
+        def flat(*inputs: Any) -> PyTree:
+            args, kwargs = call.rebuild(inputs[count:])
+            params = jax.tree.unflatten(self._structure, inputs[:count])
+            return self.apply_fn(params, *args, **kwargs)
+
+        with check.tracing(call.arrays):
+            jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*self._avals, *call.arrays)
+        return trace.flatten(jaxpr, trace.INLINED | trace.REMAT), jax.tree.structure(shapes)
+
+    def _merged(self, call: Call) -> "_Compiled":
+        body, out_structure = self._trace(call)
+        return _Compiled(merging(body, self._paths, self._raw), out_structure)
+
+    def _settled(self, call: Call) -> "_Compiled":
+        """The network for the example, merged so that other batch sizes read the same arrays.
+
+        What another batch size would multiply in another way is kept as it is.
+        """
+        others = self._other_sizes(call)
+        while True:
+            merged = {self._key(c): self._merged(c) for c in (call, *others)}
+            first = merged[self._key(call)]
+            odd = {i for m in merged.values() for k in m.other_than(first) for i in k.sources}
+            if odd <= self._raw:
+                self._compiled.update(merged)
+                return first
+            self._raw |= odd
+
+    def _other_sizes(self, call: Call) -> list[Call]:
+        """The example with other batch sizes, as far as the network takes them."""
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in call.arrays]
+        batch = max((x.shape for x in shapes), key=len, default=())[:1]
+        found = []
+        for size in OTHER_SIZES:
+            resized = tuple(
+                x.update(shape=(size, *x.shape[1:])) if batch and x.shape[:1] == batch else x
+                for x in shapes
+            )
+            with contextlib.suppress(FrontContributionError):  # the first axis is no batch then
+                self._trace(Call(resized, call.static))
+                found.append(Call(resized, call.static))
+        return found
+
+    def _formed(self, compiled: "_Compiled") -> dict[str, Any]:
+        """The arrays of the merged network; original leaves are not copied."""
+        found = compiled.merging
+        constants = [array for _, array in found.before.constants]
+        arrays = jax.jit(found.arrays)(self._original, constants)
+        made = {self._names[k.identity]: x for k, x in zip(found.kept, arrays, strict=True)}
+        own = {
+            digest("input", p): jnp.asarray(x)
+            for p, x in zip(self._paths, self._original, strict=True)
+        }
+        made |= {self._names[i]: x for i, x in own.items() if i in self._names}
+        return dict(sorted(made.items()))
+
+    def _refuse_other(self, compiled: "_Compiled", call: Call) -> None:
+        missing = [k for k in compiled.merging.kept if k.identity not in self._names]
+        if missing:
+            sources = sorted({self._paths[i] for k in missing for i in k.sources})
+            given = ", ".join(f"{a.dtype}{list(a.shape)}" for a in call.arrays)
+            raise FrontContributionError(
+                f"a call with arguments ({given}) reads {', '.join(sources) or 'constants'} in "
+                "another way than the example of merge did; call merge with an example like it"
+            )
+
+    # --- what was found ---
+
+    @property
+    def report(self) -> tuple[MergedRow, ...]:
+        """One row for each array of ``params``: what it is made of.
+
+        Example:
+          >>> import jax.numpy as jnp, fcjax
+          >>> merged = fcjax.merge(lambda p, x: x @ p[0] @ p[1], [jnp.eye(3)] * 2, jnp.ones((1, 3)))
+          >>> [(row.path, row.sources) for row in merged.report]
+          [('0+1/kernel', ('0', '1'))]
+        """
+        return self._rows
+
+    def __str__(self) -> str:
+        table = Table()
+        for heading in ("array", "shape", "made of"):
+            table.add_column(heading, overflow="fold")
+        for row in self._rows:
+            table.add_row(row.path, str(list(row.shape)), row.reason)
+        text = io.StringIO()
+        Console(file=text, width=100).print(table)
+        return "\n".join((*self._head(), *(x.rstrip() for x in text.getvalue().splitlines())))
+
+    def _head(self) -> list[str]:
+        lines = [
+            f"fcjax: {self.weights[0]:,} weights before, {self.weights[1]:,} after",
+            f"FLOPs {self.flops[0]:.4g} before, {self.flops[1]:.4g} after, for the example",
+        ]
+        if self.reason is not None:
+            lines.append(self.reason)
+        if self._timings is not None:
+            before, after = (1e3 * self._timings.median(n) for n in ("original", "merged"))
+            lines.append(
+                f"latency {before:.3g} ms before, {after:.3g} ms after "
+                f"(A/A within {100 * self._timings.aa_spread:.0f} %)"
+            )
+        return lines
+
+    def __repr__(self) -> str:
+        return f"Merged({self.weights[0]:,} weights before, {self.weights[1]:,} after)"
+
+
+class _Compiled:
+    """The merged network for one set of shapes, as a jitted function."""
+
+    def __init__(self, found: Merging, out_structure: Any) -> None:
+        self.merging = found
+        self.constants = [array for _, array in found.plan.body.constants]
+        self._out_structure = out_structure
+        program = Program(found.plan)
+        self._run = jax.jit(lambda inputs, constants: program(inputs, constants, {}))
+
+    def other_than(self, first: "_Compiled") -> list[Kept]:
+        """What is kept here, but not there."""
+        known = {k.identity for k in first.merging.kept}
+        return [k for k in self.merging.kept if k.identity not in known]
+
+    def __call__(self, stored: Sequence[Any], arrays: Sequence[Any]) -> PyTree:
+        shaped = [
+            jnp.reshape(x, k.value.shape) for x, k in zip(stored, self.merging.kept, strict=True)
+        ]
+        outputs = self._run([*shaped, *arrays], self.constants)
+        return jax.tree.unflatten(self._out_structure, outputs)
+
+
+# --- names and rows -----------------------------------------------------------------------------
+
+
+def _names(kept: Sequence[Kept], paths: Sequence[str]) -> dict[str, str]:
+    """A name for each identity."""
+    own = {digest("input", path): path for path in paths}
+    names: dict[str, str] = {k.identity: own[k.identity] for k in kept if k.identity in own}
+    for one in kept:
+        if one.identity not in names:
+            leaf = "bias" if one.formed is not None and one.formed.is_sum else "kernel"
+            sources = [paths[i] for i in one.sources]
+            names[one.identity] = _unused(joint_name(sources or ["constant"], leaf), names)
+    return names
+
+
+def _unused(name: str, names: Mapping[str, str]) -> str:
+    taken = set(names.values())
+    count = 2
+    candidate = name
+    while candidate in taken:
+        candidate = f"{name}_{count}"
+        count += 1
+    return candidate
+
+
+def _rows(
+    kept: Sequence[Kept], names: Mapping[str, str], paths: Sequence[str]
+) -> Sequence[MergedRow]:
+    first = {names[k.identity]: k for k in reversed(kept)}
+    own = {digest("input", path) for path in paths}
+    return [
+        MergedRow(
+            name,
+            one.value.shape,
+            tuple(paths[i] for i in one.sources),
+            _reason(one, paths, is_leaf=one.identity in own),
+        )
+        for name, one in sorted(first.items())
+    ]
+
+
+def _reason(one: Kept, paths: Sequence[str], *, is_leaf: bool) -> str:
+    if is_leaf:
+        return "as it was"
+    named = [paths[i] for i in one.sources[:MOST_SOURCES]]
+    more = len(one.sources) - len(named)
+    sources = (", ".join(named) or "constants") + (f" and {more} more" if more else "")
+    if one.formed is None:
+        return f"computed from {sources}"
+    return f"effective {'bias' if one.formed.is_sum else 'weight'} of {sources}"
+
+
+def _nothing(rows: Sequence[MergedRow]) -> str | None:
+    """Why the network is left as it is, if it is."""
+    if all(row.reason == "as it was" for row in rows):
+        return (
+            "nothing to merge: no two parameters meet in a linear segment in which their product "
+            "would make the evaluation cheaper"
+        )
+    return None
+
+
+def _count(tree: PyTree) -> int:
+    return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def _refuse_symbols(call: Call) -> None:
+    for array in call.arrays:
+        if not all(isinstance(size, int) for size in array.shape):
+            raise FrontContributionError(
+                f"an argument has the symbolic shape {array.shape}; a merged network is traced for "
+                "known sizes: export it once for each size"
+            )
+
+
+def _check_arrays(params: PyTree, avals: PyTree) -> None:
+    for name, aval in avals.items():
+        given = jax.typeof(params[name])
+        if (given.shape, given.dtype) != (aval.shape, aval.dtype):
+            raise FrontContributionError(
+                f"merged params {name} is {given.str_short()}, but it was {aval.str_short()} in "
+                "merge; merge the changed parameters instead"
+            )
+
+
+# --- arguments that stay the same ---------------------------------------------------------------
+
+
+def _with_constants(
+    apply_fn: Callable[..., PyTree],
+    params: PyTree,
+    example_args: tuple[Any, ...],
+    numbers: frozenset[int],
+) -> tuple[Callable[..., PyTree], PyTree, tuple[Any, ...]]:
+    """The network as a function of one pytree of everything constant, and of the other arguments.
+
+    Raises:
+      FrontContributionError: if a number names no argument, or an argument is no array.
+    """
+    for number in numbers:
+        if not 0 < number <= len(example_args):
+            raise FrontContributionError(
+                f"constant_argnums has {number}, but the example has arguments 1 to "
+                f"{len(example_args)} (params is 0 and always constant)"
+            )
+    constants = {str(n): example_args[n - 1] for n in sorted(numbers)}
+    check.params(constants)
+    rest = tuple(x for n, x in enumerate(example_args, 1) if n not in numbers)
+
+    def closed(tree: Mapping[str, PyTree], *args: Any, **kwargs: Any) -> PyTree:
+        left = iter(args)
+        total = len(args) + len(numbers)
+        given = [tree[str(n)] if n in numbers else next(left) for n in range(1, total + 1)]
+        return apply_fn(tree["params"], *given, **kwargs)
+
+    return closed, {"params": params, **constants}, rest

@@ -1,0 +1,1 @@
+"""Which values are computed, in which order of products, by price."""

@@ -1,0 +1,95 @@
+"""Convolutions and placings on plain arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from fcjax.planning.kernels import Grid
+
+__all__ = ["convolve", "place", "placing"]
+
+
+def convolve(
+    rows: Array, kernel: Array, grids: Sequence[Grid], groups: int, precision: lax.Precision | None
+) -> Array:
+    """``y[n, o, f] = sum_kc x[n, i, c] Z[k, c, f]`` on a grid for each axis of space.
+
+    Args:
+      rows: shape ``(n, *space, groups * c)``.
+      kernel: shape ``(*taps, c, groups * f)``.
+      grids: ``spread * i = stride * o + dilation * k + low`` for each axis; zero outside.
+      groups: the number of groups of channels.
+      precision: of the products.
+
+    Returns:
+      shape ``(n, *places, groups * f)``.
+    """
+    n = len(grids)
+    order = (0, n + 1, *range(1, n + 1))
+    numbers = lax.ConvDimensionNumbers(order, (n + 1, n, *range(n)), order)
+    return lax.conv_general_dilated(
+        rows,
+        kernel,
+        window_strides=[g.stride for g in grids],
+        padding=[_pads(g) for g in grids],
+        lhs_dilation=[g.spread for g in grids],
+        rhs_dilation=[g.dilation for g in grids],
+        dimension_numbers=numbers,
+        feature_group_count=groups,
+        precision=precision,
+    )
+
+
+def _pads(grid: Grid) -> tuple[int, int]:
+    """Padding that makes as many places as the grid has; none above where none is needed."""
+    taps = grid.tap.size if grid.tap is not None else 1
+    last = grid.stride * (grid.out.size - 1) + grid.dilation * (taps - 1) + grid.low
+    high = last - grid.spread * (grid.read.size - 1)
+    return -grid.low, 0 if -grid.stride < high < 0 else high
+
+
+def placing(
+    taps: Sequence[tuple[int, int]], summed: Sequence[tuple[int, int]], low: int, count: int
+) -> np.ndarray[Any, Any]:
+    """The array that is 1 where taps stand at a place of a kernel.
+
+    Args:
+      taps: for each tap its size and distance.
+      summed: the same for taps along which the weights are constant, which are added up.
+      low: the place of the first.
+      count: the number of places.
+
+    Returns:
+      shape ``(*sizes of taps, count)``, with the number of ways in which a place is reached.
+
+    Example:
+      >>> placing([(2, 2)], [(2, 1)], 0, 4)
+      array([[1., 1., 0., 0.],
+             [0., 0., 1., 1.]])
+    """
+    steps = (*taps, *summed)
+    made = np.zeros([*(size for size, _ in steps), count])
+    where = np.indices([size for size, _ in steps])
+    positions = low + sum((by * i for (_, by), i in zip(steps, where, strict=True)), np.int64(0))
+    np.put_along_axis(made, np.asarray(positions)[..., None], 1.0, axis=-1)
+    return made.sum(axis=tuple(range(len(taps), len(steps))))
+
+
+def place(array: Array, axis: int, spread: int, stride: int, offset: int, count: int) -> Array:
+    """``y[o] = x[i]`` where ``spread * i = stride * o + offset``, and zero elsewhere.
+
+    Example:
+      >>> place(jnp.array([1.0, 2.0]), 0, 2, 1, -1, 5).tolist()
+      [0.0, 1.0, 0.0, 2.0, 0.0]
+    """
+    last = stride * (count - 1) + offset
+    high = last - spread * (array.shape[axis] - 1)
+    pads = [(0, 0, 0)] * array.ndim
+    pads[axis] = (-offset, high, spread - 1)
+    wide = lax.pad(array, jnp.zeros((), array.dtype), pads)
+    return lax.slice_in_dim(wide, 0, None, stride, axis)

@@ -1,0 +1,1 @@
+"""Hidden spaces of the parameters, and what backpropagation reaches of them."""
