@@ -319,19 +319,30 @@ def _tap_product(part: Convolution, i: int, expr: Expr, env: Env) -> Named:
     taps = place.labels
     value = _product(product, (), frozenset(part.weight_labels) | taps, expr, env, {})
     for grid, (steps, low) in zip(part.grids, place.taps, strict=True):
-        if grid.tap is not None and steps != ((grid.tap, 1),):  # it stands there as it is
-            present = [(x, by) for x, by in steps if x in value.labels]
-            sizes = [(x.size, by) for x, by in steps if x not in value.labels]
-            chosen = convolving.placing(
-                [(x.size, by) for x, by in present], sizes, low, grid.tap.size
+        if grid.tap is not None:
+            value = _at_taps(
+                value, steps, low, grid.tap, frozenset(part.weight_labels) | taps, expr
             )
-            axes = (*(x for x, _ in present), grid.tap)
-            value = _pair(value, Named(jnp.asarray(chosen, value.array.dtype), axes, False),
-                          frozenset(part.weight_labels) | taps - frozenset(axes), expr)  # fmt: skip
     for summed, kept in place.diagonal:
         eye = Named(jnp.eye(kept.size, dtype=value.array.dtype), (summed, kept), False)
         value = _pair(value, eye, frozenset(part.weight_labels), expr)
     return value
+
+
+def _at_taps(
+    value: Named, steps: Sequence[tuple[Label, int]], low: int, tap: Label, keep: frozenset[Label],
+    expr: Expr,
+) -> Named:  # fmt: skip
+    """Puts the taps of a product where they stand among those of a kernel."""
+    present = [(x, by) for x, by in steps if x in value.labels]
+    if len(steps) == 1 and present and low == 0 and present[0][0].size == tap.size:
+        labels = tuple(tap if x is present[0][0] else x for x in value.labels)
+        return dataclasses.replace(value, labels=labels)  # it is the kernel's own grid
+    absent = [(x.size, by) for x, by in steps if x not in value.labels]
+    chosen = convolving.placing([(x.size, by) for x, by in present], absent, low, tap.size)
+    axes = (*(x for x, _ in present), tap)
+    placing = Named(jnp.asarray(chosen, value.array.dtype), axes, False)
+    return _pair(value, placing, keep - frozenset(x for x, _ in present), expr)
 
 
 def _convolution(part: Convolution, weight: Named, expr: Expr, env: Env) -> Named:
