@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 
 from fcjax.expressions.algebra import Expr, Unrepresentable
@@ -52,6 +53,8 @@ class _Merger:
         self.identities = ahead.identities(self.body, dict(zip(self.inputs, names, strict=True)))
         self.sources = _sources(self.body, self.inputs)
         self.loops: list[loops.Loop] = []
+        while copies := self._copies():
+            del self.lowered[copies[0]]
 
     def run(self) -> Merging:
         """The merged network."""
@@ -110,6 +113,33 @@ class _Merger:
         before = _written_operations(value, expr, makers, self.known)
         return low if forming.operations(low.recipe) < before else None
 
+    def _copies(self) -> list[Value]:
+        """Values whose effective weights stand beside another array made of the same weights.
+
+        Of a table that is also the head, say: the gain of a norm in front of the head is not worth
+        a second table. None if there are fewer weights than before all the same.
+        """
+        _, needed = self._needed()
+        self.loops.clear()
+        formed = {f.value for low in self.lowered.values() for f in low.formed}
+        kept = needed & {*self.inputs, *formed}
+        if sum(_size(v) for v in kept) <= sum(_size(v) for v in self.inputs):
+            return []
+        held = Counter(i for i, value in enumerate(self.inputs) if value in needed)
+        copied = {
+            value: {i for f in low.formed if f.value in needed for i in self._copied(f)}
+            for value, low in self.lowered.items()
+        }
+        for numbers in copied.values():
+            held.update(numbers)
+        return [value for value, own in copied.items() if any(held[i] > 1 for i in own)]
+
+    def _copied(self, formed: Formed | Kernel) -> set[int]:
+        """The largest parameters of an effective weight, if it is as large as they are."""
+        sources = {i for v in formed.leaves for i in self.sources.get(v, ())}
+        largest = max((_size(self.inputs[i]) for i in sources), default=0)
+        return {i for i in sources if _size(self.inputs[i]) == largest <= _size(formed.value)}
+
     # --- what is needed for the outputs ---
 
     def _needed(self) -> tuple[list[Equation], set[Value]]:
@@ -158,6 +188,10 @@ class _Merger:
             return Kept(value, self.identities[value], self.sources.get(value, ()), None)
         sources = sorted({i for v in formed.leaves for i in self.sources.get(v, ())})
         return Kept(value, formed.identity(self.identities), tuple(sources), formed)
+
+
+def _size(value: Value) -> int:
+    return math.prod(value.shape)
 
 
 def _sources(body: Body, inputs: Sequence[Value]) -> dict[Value, tuple[int, ...]]:
