@@ -247,7 +247,7 @@ class Attention(nn.Module):
         return nn.Dense(3)(jnp.tanh(x + h))
 
 
-@segments(1143)
+@segments(743)
 def attention():
     """Query meets key and value meets output, per head, in spaces of 40."""
     batch = sequences(4, 3, batch_size=4, length=5)

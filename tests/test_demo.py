@@ -31,7 +31,7 @@ def transformed(task, dtype):
     [
         ("linear blocks", 12),
         ("BatchNorm branches", 24),
-        ("pre-norm transformer", 16),
+        ("pre-norm transformer", 21),
         ("ReLU classifier", 0),
     ],
 )

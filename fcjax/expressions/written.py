@@ -135,6 +135,7 @@ class _Reader:
         self.known = known
         self.readers, self.operands = _count_readers(body), _operands(body)
         self.scaled = _scaled(body, known)
+        self.made_of_params = _made_of_params(body, known)
         self.seen: dict[Value, Expr] = {}
         self.roots: dict[Value, Expr] = {}
         self.boundaries = {
@@ -172,14 +173,14 @@ class _Reader:
                 self._compute(made_value)
 
     def _shifts(self, equation: Equation) -> bool:
-        """Whether a constant is added to something that no gradient flows to.
+        """Whether a constant is added to something that depends on no parameter.
 
         Nothing is gained by looking through such a sum, and it may cancel: random numbers,
         ``(bits - 1) * 2 - 1``, would lose their last digits.
         """
-        known = [self.known[v] for v in equation.values]
-        data = [kind for kind in known if kind.of != "const"]
-        alone = len(data) == 1 and data[0].of == "data" and not data[0].trainable
+        data = [v for v in equation.values if self.known[v].of != "const"]
+        alone = len(data) == 1 and data[0] not in self.made_of_params
+        alone = alone and not self.known[data[0]].trainable  # what a loop carries, for one
         return alone and equation.name in ("add", "sub") and len(equation.inputs) > len(data)
 
     def _cut_products(self, equation: Equation) -> None:
@@ -324,6 +325,15 @@ def _operands(body: Body) -> set[Value]:
         views = equation.name in VIEWS and not found.isdisjoint(v for v in equation.outputs if v)
         if views or equation.name in PRODUCTS:
             found.update(equation.values)
+    return found
+
+
+def _made_of_params(body: Body, known: dict[Value, Kind]) -> set[Value]:
+    """Values that any parameter has a part in."""
+    found = {value for value in body.inputs if known[value].of == "param"}
+    for equation in body.equations:
+        if not found.isdisjoint(equation.values):
+            found.update(v for v in equation.outputs if v is not None)
     return found
 
 

@@ -57,6 +57,7 @@ def factors(u: Array, constants: Array, signs: Array) -> Array:
     """All factors ``w_l = sign_l sqrt(u^2 + c_l)`` of an elementwise chain, shape ``(L, *shape)``.
 
     Example:
+      >>> import jax
       >>> u, constants, signs = survivor([np.array([3.0]), np.array([-5.0])])
       >>> factors(jnp.asarray(u), constants, signs).ravel().tolist()
       [3.0, -5.0]
@@ -75,6 +76,7 @@ def effective(u: Array, constants: Array, signs: Array) -> tuple[Array, Array]:
       The signs of all factors but the last, which carry no gradient, and p.
 
     Example:
+      >>> import jax
       >>> u, constants, signs = survivor([np.array([3.0]), np.array([-5.0])])
       >>> kept, p = effective(jnp.asarray(u), constants, signs)
       >>> kept.tolist(), p.tolist()
