@@ -173,7 +173,7 @@ class _Reader:
                 self._compute(made_value)
 
     def _shifts(self, equation: Equation) -> bool:
-        """Whether a constant is added to something that depends on no parameter.
+        """Whether a number is added to something that depends on no parameter.
 
         Nothing is gained by looking through such a sum, and it may cancel: random numbers,
         ``(bits - 1) * 2 - 1``, would lose their last digits.
@@ -181,7 +181,9 @@ class _Reader:
         data = [v for v in equation.values if self.known[v].of != "const"]
         alone = len(data) == 1 and data[0] not in self.made_of_params
         alone = alone and not self.known[data[0]].trainable  # what a loop carries, for one
-        return alone and equation.name in ("add", "sub") and len(equation.inputs) > len(data)
+        added = [a for a in equation.inputs if a not in data]
+        numbers = all(math.prod(a.aval.shape) == 1 for a in added)  # type: ignore[union-attr]
+        return alone and bool(added) and numbers and equation.name in ("add", "sub")
 
     def _cut_products(self, equation: Equation) -> None:
         """Makes roots of products that are summed, joined, or added where one could do for both."""
