@@ -341,7 +341,7 @@ def draw(laws, flow, radial) -> Figure:
     for label, run in radial.items():
         color, style = _radial_style(label, list(radial))
         right.plot(run["seconds"], run["accuracy"], style, color=color, label=label, markersize=3)
-    right.set(xlabel="seconds of training steps", ylabel="test accuracy, digits", xscale="log")
+    right.set(xlabel="seconds of training steps", ylabel="test accuracy, digits")
     right.set_title("The radial closure is an approximation", fontsize=11)
     right.legend(frameon=False, fontsize=8.5, loc="lower right")
     for axes in (left, middle, right):
@@ -360,7 +360,7 @@ def _flow_panel(axes: Axes, flow: dict[str, dict[str, float]]) -> None:
         axes.loglog(rates, list(deviations.values()), style, color=color, label=label, markersize=4)
     axes.set(xlabel="learning rate", ylabel="relative deviation from backprop")
     axes.set_title("Flow folds converge to backprop", fontsize=11)
-    axes.legend(frameon=False, fontsize=8.5)
+    axes.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(0.0, 0.95))
 
 
 def _radial_style(label: str, labels: list[str]) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from fcjax import check, compat
 from fcjax import report as reporting
 from fcjax.errors import NotFoldableError
 from fcjax.expressions.written import Written, written
-from fcjax.laws import certificate
+from fcjax.laws.certificate import Certificate, of_network
 from fcjax.names import path_name
 from fcjax.planning import hoisting
 from fcjax.planning.plan import Plan, folds_always, plan
@@ -114,7 +114,7 @@ def front_contribute(
         apply_fn, params, example_args, objective, optimizer, data, exactness, rebalance
     )
     if strict:
-        _require_folded(fc, example_args)
+        _require_folded(fc)
     return fc
 
 
@@ -144,6 +144,7 @@ class FrontContribution:
     ) -> None:
         self.apply_fn = apply_fn
         self.objective: Literal["time", "memory"] = objective
+        self._exactness = exactness
         self._tree = _tree(params)
         self.paths = self._tree.paths
         self._avals = tuple(jax.typeof(leaf) for leaf in self._tree.leaves)
@@ -151,7 +152,7 @@ class FrontContribution:
         call = Call.of(example_args, {})
         body, out_structure, assumed = self._trace(self._avals, call, anywhere=True)
         self._reduction = nothing(self._tree)
-        network = self._written(body, call)
+        network = self._given = self._written(body, call)
         check.outputs(network.body, network.known)
         if optimizer is not None:
             given = check.data(data, call.arrays)
@@ -504,8 +505,18 @@ class FrontContribution:
         """
         return reporting.rows(self._example.plan, self._reduction)
 
+    def _certificate(self) -> Certificate:
+        """How far the final layer can go in this network."""
+        body, known = self._given.body, self._given.known
+        kinds = [known[value] for value in body.inputs]
+        return of_network(body, kinds, self.paths, self._tree.leaves)
+
     def __str__(self) -> str:
-        return reporting.text(self._example.plan, self._reduction)
+        text = reporting.text(self._example.plan, self._reduction)
+        unknown = any(isinstance(leaf, jax.core.Tracer) for leaf in self._tree.leaves)
+        if self._exactness == "discrete" or unknown:
+            return text
+        return f"{text}\n\n{self._certificate()}"
 
     def __repr__(self) -> str:
         return f"FrontContribution({reporting.counted(self.report)})"
@@ -542,14 +553,9 @@ def _tree(params: PyTree) -> Tree:
     )
 
 
-def _require_folded(fc: FrontContribution, example_args: tuple[Any, ...]) -> None:
+def _require_folded(fc: FrontContribution) -> None:
     left = [fc.paths[i] for i in before_final(fc.plan.body, fc.plan.known, len(fc.paths))]
     if left:
-        call = Call.of(example_args, {})
-        body, *_ = fc._trace(fc._avals, call, anywhere=True)
-        kinds = [PARAM if trained else FROZEN for trained in fc._tree.trained]
-        kinds += [DATA] * len(call.arrays)
-        found = certificate.of_network(body, kinds, fc.paths, fc._tree.leaves)
         sizes = {row.path: math.prod(row.reduced_shape or ()) for row in fc.report}
         reasons = {fc.paths[leaf]: reason for leaf, reason in fc._reduction.reasons.items()}
         listed = ", ".join(
@@ -560,5 +566,5 @@ def _require_folded(fc: FrontContribution, example_args: tuple[Any, ...]) -> Non
         raise NotFoldableError(
             f"strict=True, but weights in front of the final layer keep training: {listed}{more}. "
             "Collapsing and compressing make their step cheaper and remove none of them entirely. "
-            f"{found}. Leave strict at False to train the network as it is."
+            f"{fc._certificate()}. Leave strict at False to train the network as it is."
         )

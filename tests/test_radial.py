@@ -141,6 +141,7 @@ def test_it_is_not_backpropagation():
     assert {row.exactness for row in fc.report} == {"approximate", "any optimizer"}
     assert "the radial closure is an approximation" in str(fc)
     assert "r^2 = c + |2|^2" in str(fc)
+    assert "16 of 115 hidden degrees of freedom" in str(fc)
 
 
 def test_no_backward_pass_crosses_a_hidden_layer():
