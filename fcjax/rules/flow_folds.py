@@ -29,6 +29,7 @@ __all__ = [
     "described",
     "enumerated",
     "fitted",
+    "largest_difference",
     "vanished",
 ]
 
@@ -171,12 +172,7 @@ class ElementwiseFold(Chained):
 
     def lost(self, full: Leaves, back: Leaves) -> float:
         """The largest difference of a factor."""
-        pairs = [(np.asarray(full[i]), np.asarray(back[i])) for i in self.leaves]
-        sizes = [np.max(np.abs(a), initial=np.finfo(a.dtype).tiny) for a, _ in pairs]
-        return max(
-            float(np.max(np.abs(a - b), initial=0.0) / s)
-            for (a, b), s in zip(pairs, sizes, strict=True)
-        )
+        return largest_difference(self.leaves, full, back)
 
     def broken(self, trained: Leaves, rho: float, fixed: Fixed, names: Sequence[str]) -> str:
         """Only numbers that are not finite break it: no folded factor can change its sign."""
@@ -241,6 +237,16 @@ def enumerated(leaves: Sequence[int], names: Sequence[str]) -> str:
 
 
 MOST_NAMES = 5
+
+
+def largest_difference(leaves: Sequence[int], full: Leaves, back: Leaves) -> float:
+    """The largest difference of an entry of some leaves, relative to the largest of its leaf."""
+    pairs = [(np.asarray(full[i]), np.asarray(back[i])) for i in leaves]
+    sizes = [np.max(np.abs(a), initial=np.finfo(a.dtype).tiny) for a, _ in pairs]
+    return max(
+        float(np.max(np.abs(a - b), initial=0.0) / s)
+        for (a, b), s in zip(pairs, sizes, strict=True)
+    )
 
 
 def fitted(differences: Array, constants: Array) -> Array:

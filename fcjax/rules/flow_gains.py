@@ -22,7 +22,15 @@ from jax import lax
 from fcjax.expressions.written import Written
 from fcjax.laws import symmetries
 from fcjax.laws.units import Place, Symmetry
-from fcjax.rules.flow_folds import Fixed, Leaves, described, enumerated, fitted, vanished
+from fcjax.rules.flow_folds import (
+    Fixed,
+    Leaves,
+    described,
+    enumerated,
+    fitted,
+    largest_difference,
+    vanished,
+)
 
 __all__ = ["SIGN", "GainFold", "balanced_gains", "gain_folds"]
 
@@ -99,9 +107,7 @@ class GainFold:
 
     def lost(self, full: Leaves, back: Leaves) -> float:
         """The largest difference of an entry of the gain."""
-        given, made = (np.asarray(tree[self.gain.leaf]) for tree in (full, back))
-        size = np.max(np.abs(given), initial=np.finfo(given.dtype).tiny)
-        return float(np.max(np.abs(given - made), initial=0.0) / size)
+        return largest_difference(self.leaves, full, back)
 
     def broken(self, trained: Leaves, rho: float, fixed: Fixed, names: Sequence[str]) -> str:
         """Units whose gain has reached zero, or decay that has left nothing."""

@@ -24,7 +24,7 @@ from jax import lax
 from fcjax.expressions.written import Written
 from fcjax.laws import symmetries
 from fcjax.laws.units import Place, Symmetry
-from fcjax.rules.flow_folds import Fixed, Leaves, described, enumerated
+from fcjax.rules.flow_folds import Fixed, Leaves, described, enumerated, largest_difference
 from fcjax.tracing.final import hidden_leaves
 
 __all__ = ["RadialFold", "ordered", "radial_fold"]
@@ -111,12 +111,7 @@ class RadialFold:
 
     def lost(self, full: Leaves, back: Leaves) -> float:
         """The largest difference of a weight."""
-        pairs = [(np.asarray(full[i]), np.asarray(back[i])) for i in self.leaves]
-        sizes = [np.max(np.abs(a), initial=np.finfo(a.dtype).tiny) for a, _ in pairs]
-        return max(
-            float(np.max(np.abs(a - b), initial=0.0) / s)
-            for (a, b), s in zip(pairs, sizes, strict=True)
-        )
+        return largest_difference(self.leaves, full, back)
 
     def broken(self, trained: Leaves, rho: float, fixed: Fixed, names: Sequence[str]) -> str:
         """The last layer with a unit whose squared norm the laws make negative."""
