@@ -408,6 +408,38 @@ def with_batch_norm(name: str, module: nn.Module, channels: int) -> Network:
     )
 
 
+class ConvNext(nn.Module):
+    """ConvNeXt blocks: depthwise 7x7, LayerNorm, pointwise up, gelu, pointwise down, LayerScale."""
+
+    blocks: int = 2
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # noqa: D102
+        width = x.shape[-1]
+        for i in range(self.blocks):
+            h = nn.LayerNorm()(nn.Conv(width, (7, 7), feature_group_count=width)(x))
+            h = nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(h)))
+            x = x + self.param(f"scale_{i}", nn.initializers.constant(0.1), (width,)) * h
+        return x
+
+
+def conv_next() -> Network:
+    """ConvNeXt blocks on 16 images of 16 x 16."""
+    x = normal(1, 16, 16, 16, 96)
+    module = ConvNext()
+    params = module.init(jax.random.key(0), x)["params"]
+    return Network(
+        "convnext",
+        lambda p, x: module.apply({"params": p}, x),
+        params,
+        x,
+        normal(3, *x.shape),
+        squared_error,
+        Bar(residuals=True),
+        prediction=1.02,
+    )
+
+
 # --- pre-norm feed-forward blocks -----------------------------------------------------------------
 
 
@@ -744,6 +776,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "lora-256": lambda: adapters("lora-256", 256, 8, 16384, 1.07),
     "expandnet": expand_net,
     "repvgg": rep_vgg,
+    "convnext": conv_next,
     "mobile-bottleneck": lambda: with_batch_norm("mobile-bottleneck", MobileBottleneck(), 16),
     "resnet-bottleneck": lambda: with_batch_norm("resnet-bottleneck", ResidualBottleneck(), 128),
     "recurrent": recurrent,
