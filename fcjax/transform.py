@@ -442,13 +442,7 @@ class FrontContribution:
 
         With ``anywhere`` also outside mapped axes that it names; those come last.
         """
-        count = len(avals)
-
-        def flat(*inputs: Any) -> PyTree:
-            args, kwargs = call.rebuild(inputs[count:])
-            params = jax.tree.unflatten(self._tree.structure, inputs[:count])
-            return self.apply_fn(params, *args, **kwargs)
-
+        flat = call.flattened(self.apply_fn, self._tree.structure)
         with check.tracing(call.arrays):
             jaxpr, shapes, assumed = axes.make_jaxpr(
                 flat, [*avals, *call.arrays], anywhere=anywhere

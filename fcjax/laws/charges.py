@@ -6,13 +6,11 @@ union-find with weights; the few that remain (products of two scaling things) by
 
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
-from typing import TypeVar
 
 __all__ = ["Charges", "null_space"]
 
 Equation = dict[int, Fraction]
 """Coefficients of charges whose sum is zero."""
-Thing = TypeVar("Thing")
 
 
 class Charges:

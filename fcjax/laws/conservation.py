@@ -76,12 +76,7 @@ def conservation_laws(
     if not example_args:
         example_args = check.inferred_arguments(apply_fn, params)
     tree, call = _tree(params), Call.of(example_args, {})
-    count = len(tree.leaves)
-
-    def flat(*inputs: Any) -> PyTree:
-        args, kwargs = call.rebuild(inputs[count:])
-        return apply_fn(jax.tree.unflatten(tree.structure, inputs[:count]), *args, **kwargs)
-
+    flat = call.flattened(apply_fn, tree.structure)
     with check.tracing(call.arrays):
         avals = [*map(jax.typeof, tree.leaves), *call.arrays]
         jaxpr, *_ = axes.make_jaxpr(flat, avals, anywhere=True)

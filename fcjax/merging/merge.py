@@ -213,13 +213,7 @@ class Merged:
 
     def _trace(self, call: Call) -> tuple[Body, Any]:
         _refuse_symbols(call)
-        count = len(self._avals)
-
-        def flat(*inputs: Any) -> PyTree:
-            args, kwargs = call.rebuild(inputs[count:])
-            params = jax.tree.unflatten(self._structure, inputs[:count])
-            return self.apply_fn(params, *args, **kwargs)
-
+        flat = call.flattened(self.apply_fn, self._structure)
         with check.tracing(call.arrays):
             jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*self._avals, *call.arrays)
         return trace.flatten(jaxpr, trace.INLINED | trace.REMAT), jax.tree.structure(shapes)

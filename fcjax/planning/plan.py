@@ -152,10 +152,10 @@ def plan(
     if other is None:
         return found
     less_means = _planned(other, nested, objective, original or network)
+    saves_time = less_means.after.time <= (1 - CENTRED) * found.after.time
+    enough = saves_time or objective == "memory" or folds_always()
     pays = _pays(found.after, less_means.after, objective, network.runs, for_sure=True)
-    if objective == "time" and not folds_always():
-        pays = less_means.after.time <= (1 - CENTRED) * found.after.time
-    return less_means if pays else found
+    return less_means if enough and pays else found
 
 
 def _planned(

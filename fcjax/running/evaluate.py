@@ -89,9 +89,7 @@ def form(recipe: Recipe, env: Env) -> Formed:
     for i, part in enumerate(recipe.parts):
         if isinstance(part, Product):
             _form_product(part, (i,), recipe.expr, env, formed)
-        elif not _is_apart(part) and all(
-            _invariant(f) for p in _products(part) for f in p.term.factors
-        ):
+        elif not _is_apart(part) and _is_invariant(part):
             formed[i] = _whole_weight(part, env, recipe.expr)
     return formed
 

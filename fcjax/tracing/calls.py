@@ -50,3 +50,12 @@ class Call:
             return fn(first, *args, **kwargs)
 
         return bound
+
+    def flattened(self, fn: Callable[..., Any], structure: Any) -> Callable[..., Any]:
+        """``bind(fn)`` as a function of the leaves of ``first``, a pytree of this structure."""
+        bound, count = self.bind(fn), structure.num_leaves
+
+        def flat(*inputs: Any) -> Any:
+            return bound(jax.tree.unflatten(structure, inputs[:count]), *inputs[count:])
+
+        return flat
