@@ -163,7 +163,9 @@ class FrontContribution:
             self._tree = self._reduction.tree
         elif exactness != "discrete":
             self._reduction = nothing(self._tree, unasked(network, self._tree, exactness))
-        self._example = self._planned(body, call, out_structure, network)
+        if not self._reduction.is_trivial:
+            network = self._written(body, call)
+        self._example = self._planned(network, out_structure, self._given)
         if not assumed:
             self._compiled[self._key(self._avals, call)] = self._example
         self.contributions: dict[str, Any] = {
@@ -419,7 +421,7 @@ class FrontContribution:
         found = self._compiled.get(key)
         if found is None:
             body, out_structure, _ = self._trace(avals, call)
-            found = self._planned(body, call, out_structure)
+            found = self._planned(self._written(body, call), out_structure)
             if not any(isinstance(c, jax.core.Tracer) for _, c in found.body.constants):
                 self._compiled[key] = found
         return found
@@ -450,24 +452,20 @@ class FrontContribution:
         return trace.flatten(jaxpr), jax.tree.structure(shapes), assumed
 
     def _written(self, body: Body, call: Call) -> Written:
-        return written(body, self._kinds(call))
-
-    def _kinds(self, call: Call) -> list[Kind]:
         followed = self._reduction.followed
         of_params = [
             PARAM if trained and leaf not in followed else FROZEN
             for leaf, trained in enumerate(self._tree.trained)
         ]
-        return [*of_params, *itertools.repeat(DATA, len(call.arrays))]
+        return written(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))])
 
     def _planned(
-        self, body: Body, call: Call, out_structure: Any, original: Written | None = None
+        self, network: Written, out_structure: Any, original: Written | None = None
     ) -> "_Compiled":
         """The plan; what ``original`` costs, the network by default, is its price as written."""
         if self._reduction.is_trivial:
-            found = hoisting.planned(body, self._kinds(call), self.objective)
-            return _Compiled(found, out_structure)
-        network = reduced = self._written(body, call)
+            return _Compiled(hoisting.planned(network, self.objective), out_structure)
+        reduced = network
         if self._products:
             reduced = with_products(reduced, self._products, self.paths)
         if self._reduction.compression is not None:

@@ -22,7 +22,7 @@ from jax import Array, lax
 
 from fcjax import compat
 from fcjax.expressions.primitives import VIEWS
-from fcjax.expressions.written import written
+from fcjax.expressions.written import Written, written
 from fcjax.planning import rowwise
 from fcjax.planning.contraction import BYTE, ELEMENTWISE
 from fcjax.planning.plan import Plan, folds_always, plan
@@ -37,18 +37,16 @@ MARGIN = 0.05
 """What is hoisted must be cheaper than what it replaces by this fraction."""
 
 
-def planned(
-    body: Body, inputs: Sequence[Kind], objective: Literal["time", "memory"] = "time"
-) -> Plan:
-    """The plan of a body, with functions of looked-up rows hoisted if that is cheaper.
+def planned(network: Written, objective: Literal["time", "memory"] = "time") -> Plan:
+    """The plan of a network, with functions of looked-up rows hoisted if that is cheaper.
 
     Args:
-      body: the equations as traced.
-      inputs: what each input of the body depends on.
+      network: the network as written.
       objective: what the planner saves.
     """
-    found = plan(written(body, inputs), objective)
-    for equation in body.equations:
+    inputs = [network.known[value] for value in network.body.inputs]
+    found = plan(network, objective)
+    for equation in network.body.equations:
         choice = _choice(found.body, equation, found.known)
         if choice is None:
             continue
