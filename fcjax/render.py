@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping
 
-from fcjax.expressions.algebra import Expr, Factor, Term
+from fcjax.expressions.terms import Expr, Factor, Term
 from fcjax.planning.parts import Convolution, Linear, MeanSquare, Part, Product, Recipe, RowSquare
 from fcjax.planning.plan import Plan
 from fcjax.tracing.trace import Atom, Equation, Value

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fcjax.expressions.algebra import Expr
+from fcjax.expressions.terms import Expr
 from fcjax.expressions.written import handed_over
 from fcjax.names import short_names
 from fcjax.planning.plan import Change, Plan

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcjax.expressions.algebra import Label
+from fcjax.expressions.terms import Label
 from fcjax.planning.contraction import Cost, Operand, members, pair, price, search, written
 
 moderate = settings(max_examples=30, deadline=None, derandomize=True)

@@ -16,9 +16,9 @@ from test_primitives import QUICK, arrays, assert_recipes_agree
 from training import relative_deviation
 
 import fcjax
-from fcjax.expressions import algebra as ex
-from fcjax.expressions.algebra import Unrepresentable
+from fcjax.expressions import algebra, layout, terms, windowed
 from fcjax.expressions.primitives import RULES
+from fcjax.expressions.terms import Unrepresentable
 from fcjax.expressions.written import written
 from fcjax.planning.parts import Convolution, recipe
 from fcjax.planning.plan import always_fold, plan
@@ -528,20 +528,20 @@ def test_what_pays_is_folded(name):
 def unknown(*shape, kind="data"):
     """The expression of a leaf."""
     value = trace.Value(jax.core.ShapedArray(shape, np.dtype(float)))
-    return ex.of_leaf(ex.Leaf(value, kind, shape, np.dtype(float), trainable=True))
+    return terms.of_leaf(terms.Leaf(value, kind, shape, np.dtype(float), trainable=True))
 
 
 def unfolded(expr, axis=0, taps=3, **options):
     """What a window with padding sees of one axis, without its taps where there is one only."""
-    made = ex.unfold(expr, axis, expr.shape[axis], taps, offset=-1, **options)
-    return made if taps > 1 else ex.reshape(made, made.shape[:-1])
+    made = windowed.unfold(expr, axis, expr.shape[axis], taps, offset=-1, **options)
+    return made if taps > 1 else layout.reshape(made, made.shape[:-1])
 
 
 def smoothed(expr, axis=0):
     """A convolution of one axis by a parameter."""
     last = len(expr.dims)
     kernel = unknown(3, kind="param")
-    return ex.contract(unfolded(expr, axis), kernel, ((last,), (0,)), ((), ()))
+    return algebra.contract(unfolded(expr, axis), kernel, ((last,), (0,)), ((), ()))
 
 
 def moved(expr):
@@ -550,42 +550,42 @@ def moved(expr):
 
 
 def mean(expr, axis=0):
-    average = ex.scale(ex.reduce_sum(expr, (axis,)), 1 / expr.shape[axis])
+    average = algebra.scale(algebra.reduce_sum(expr, (axis,)), 1 / expr.shape[axis])
     others = [i for i in range(len(expr.dims)) if i != axis]
-    return ex.broadcast(average, expr.shape, others)
+    return layout.broadcast(average, expr.shape, others)
 
 
 def less_mean(expr):
-    return ex.add(expr, ex.scale(mean(expr), -1.0))
+    return algebra.add(expr, algebra.scale(mean(expr), -1.0))
 
 
 def dot(a, b):
-    return ex.contract(a, b, ((0,), (0,)), ((), ()))
+    return algebra.contract(a, b, ((0,), (0,)), ((), ()))
 
 
 def times_gain(expr):
-    return ex.multiply(expr, unknown(*expr.shape, kind="param"))
+    return algebra.multiply(expr, unknown(*expr.shape, kind="param"))
 
 
 def backwards(expr, taps):
-    return ex.unfold(expr, 0, 6, taps, stride=-1, offset=4)
+    return windowed.unfold(expr, 0, 6, taps, stride=-1, offset=4)
 
 
 def outer(a, b):
-    return ex.contract(a, b, ((), ()), ((), ()))
+    return algebra.contract(a, b, ((), ()), ((), ()))
 
 
 REFUSED = {
-    "merged axis or one of size 1": lambda x: ex.unfold(unknown(1), 0, 3, 3),
-    "a sum over an axis that windows": lambda x: ex.reduce_sum(smoothed(x), (0,)),
+    "merged axis or one of size 1": lambda x: windowed.unfold(unknown(1), 0, 3, 3),
+    "a sum over an axis that windows": lambda x: algebra.reduce_sum(smoothed(x), (0,)),
     "several windows read": lambda x: unfolded(times_gain(smoothed(x))),
     "what lies outside differs": lambda x: smoothed(smoothed(x)),
     "deviations from a mean": lambda x: recipe(smoothed(less_mean(x))),
     "differ from place to place": lambda x: recipe(times_gain(smoothed(x))),
     "two axes that are summed": lambda x: recipe(dot(moved(x), unknown(6, kind="param"))),
-    "in place runs backwards": lambda x: recipe(ex.reshape(backwards(x, 1), (6,))),
+    "in place runs backwards": lambda x: recipe(layout.reshape(backwards(x, 1), (6,))),
     "with taps runs backwards": lambda x: recipe(
-        dot(ex.transpose(backwards(x, 2), (1, 0)), unknown(2, kind="param"))
+        dot(layout.transpose(backwards(x, 2), (1, 0)), unknown(2, kind="param"))
     ),
     "two different parameters": lambda x: recipe(
         smoothed(smoothed(outer(unknown(5, kind="param"), unknown(6, kind="param")), 0), 1)
@@ -593,7 +593,7 @@ REFUSED = {
     "kernels alone": lambda x: recipe(outer(x, smoothed(unknown(5, kind="param")))),
     "makes no axis of the value": lambda x: recipe(dot(smoothed(x), unknown(6, kind="param"))),
     "window over a product of two": lambda x: recipe(
-        ex.multiply(smoothed(unknown(5, 4, 2)), ex.broadcast(unknown(4), (5, 4, 2), (1,)))
+        algebra.multiply(smoothed(unknown(5, 4, 2)), layout.broadcast(unknown(4), (5, 4, 2), (1,)))
     ),
 }  # fmt: skip
 
@@ -618,7 +618,7 @@ RULE_REFUSED = {
 def test_what_a_rule_does_not_know_is_refused(message):
     eqn = jax.make_jaxpr(RULE_REFUSED[message])(jnp.ones((2, 2, 2))).eqns[-1]
     operands = [
-        ex.of_leaf(ex.Leaf(object(), "param", v.aval.shape, v.aval.dtype, trainable=True))
+        terms.of_leaf(terms.Leaf(object(), "param", v.aval.shape, v.aval.dtype, trainable=True))
         for v in eqn.invars
     ]
     with pytest.raises(Unrepresentable, match=message):

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcjax.expressions import algebra as ex
-from fcjax.expressions.algebra import Expr, Factor, Label, Leaf, Term, Unrepresentable, term_key
+from fcjax.expressions import algebra, layout, like_terms, terms, windowed
+from fcjax.expressions.like_terms import term_key
+from fcjax.expressions.terms import Expr, Factor, Label, Leaf, Term, Unrepresentable
 from fcjax.planning.parts import recipe
 from fcjax.running.evaluate import evaluate
 
@@ -45,16 +46,16 @@ def mean(expr, axes):
     """The mean over axes, which keep size 1."""
     kept = [1 if i in axes else s for i, s in enumerate(expr.shape)]
     count = np.prod([expr.shape[i] for i in axes])
-    return ex.reshape(ex.scale(ex.reduce_sum(expr, axes), 1.0 / count), kept)
+    return layout.reshape(algebra.scale(algebra.reduce_sum(expr, axes), 1.0 / count), kept)
 
 
 def minus(a, b):
     positions = range(len(a.shape))
-    return ex.add(a, ex.scale(ex.broadcast(b, a.shape, positions), -1.0))
+    return algebra.add(a, algebra.scale(layout.broadcast(b, a.shape, positions), -1.0))
 
 
 def matmul(a, b):
-    return ex.contract(a, b, ((len(a.dims) - 1,), (0,)), ((), ()))
+    return algebra.contract(a, b, ((len(a.dims) - 1,), (0,)), ((), ()))
 
 
 def axes_of(shape):
@@ -83,10 +84,10 @@ def test_diagonal_and_outer_squares_are_told_apart():
 
 
 def test_squares_of_sums_and_sums_of_squares_are_not_merged():
-    x = ex.of_leaf(leaf("x", (3, 2)))
-    of_squares = ex.reduce_sum(ex.multiply(x, x), (1,))
-    row = ex.reduce_sum(x, (1,))
-    both = ex.add(of_squares, ex.multiply(row, row))
+    x = terms.of_leaf(leaf("x", (3, 2)))
+    of_squares = algebra.reduce_sum(algebra.multiply(x, x), (1,))
+    row = algebra.reduce_sum(x, (1,))
+    both = algebra.add(of_squares, algebra.multiply(row, row))
     assert len(both.terms) == 2
     known = array("x", (3, 2))
     close(both, (known**2).sum(1) + known.sum(1) ** 2)
@@ -145,28 +146,28 @@ def test_terms_with_too_many_orders_equal_only_themselves():
 @given(shapes, numbers, numbers)
 @moderate
 def test_like_terms_add_up(shape, a, b):
-    x = ex.of_leaf(leaf("x", shape))
-    total = ex.add(ex.scale(x, a), ex.scale(x, b))
+    x = terms.of_leaf(leaf("x", shape))
+    total = algebra.add(algebra.scale(x, a), algebra.scale(x, b))
     assert [t.scale for t in total.terms] == ([a + b] if a + b else [])
 
 
 def test_like_products_cancel():
-    x, w = ex.of_leaf(leaf("x", (3, 2))), ex.of_leaf(leaf("w", (2, 4), "param"))
-    difference = ex.add(matmul(x, w), ex.scale(matmul(x, w), -1.0))
+    x, w = terms.of_leaf(leaf("x", (3, 2))), terms.of_leaf(leaf("w", (2, 4), "param"))
+    difference = algebra.add(matmul(x, w), algebra.scale(matmul(x, w), -1.0))
     assert difference.terms == ()
     close(difference, jnp.zeros((3, 4)))
 
 
 OPERATIONS = {
-    "transposed": lambda x: ex.transpose(x, tuple(reversed(range(len(x.shape))))),
-    "flat": lambda x: ex.reshape(x, (int(np.prod(x.shape)),)),
-    "repeated": lambda x: ex.broadcast(x, (2, *x.shape), range(1, len(x.shape) + 1)),
-    "summed": lambda x: ex.reduce_sum(x, (0,)),
-    "sliced": lambda x: ex.slice_axis(x, 0, x.shape[0] // 2, x.shape[0]),
+    "transposed": lambda x: layout.transpose(x, tuple(reversed(range(len(x.shape))))),
+    "flat": lambda x: layout.reshape(x, (int(np.prod(x.shape)),)),
+    "repeated": lambda x: layout.broadcast(x, (2, *x.shape), range(1, len(x.shape) + 1)),
+    "summed": lambda x: algebra.reduce_sum(x, (0,)),
+    "sliced": lambda x: windowed.slice_axis(x, 0, x.shape[0] // 2, x.shape[0]),
     "centred": lambda x: minus(x, mean(x, (0,))),
-    "times a leaf": lambda x: ex.multiply(x, ex.of_leaf(leaf("g", x.shape, "param"))),
-    "through a product": lambda x: ex.contract(
-        x, ex.of_leaf(leaf("w", (x.shape[0], 2), "param")), ((0,), (0,)), ((), ())
+    "times a leaf": lambda x: algebra.multiply(x, terms.of_leaf(leaf("g", x.shape, "param"))),
+    "through a product": lambda x: algebra.contract(
+        x, terms.of_leaf(leaf("w", (x.shape[0], 2), "param")), ((0,), (0,)), ((), ())
     ),
 }
 
@@ -176,9 +177,9 @@ OPERATIONS = {
 @settings(max_examples=4, deadline=None, derandomize=True)
 def test_operations_are_linear(name, shape, a, b):
     operation = OPERATIONS[name]
-    x, y = (ex.of_leaf(leaf(k, shape)) for k in "xy")
-    together = operation(ex.add(ex.scale(x, a), ex.scale(y, b)))
-    apart = ex.add(ex.scale(operation(x), a), ex.scale(operation(y), b))
+    x, y = (terms.of_leaf(leaf(k, shape)) for k in "xy")
+    together = operation(algebra.add(algebra.scale(x, a), algebra.scale(y, b)))
+    apart = algebra.add(algebra.scale(operation(x), a), algebra.scale(operation(y), b))
     close(together, value(apart))
     assert float(jnp.max(jnp.abs(value(operation(x))))) > 0 or name == "centred"
 
@@ -195,7 +196,7 @@ def is_centred(expr):
 @moderate
 def test_value_less_its_mean_is_centred(shape, data):
     axes = data.draw(axes_of(shape))
-    x = ex.of_leaf(leaf("x", shape))
+    x = terms.of_leaf(leaf("x", shape))
     deviation = minus(x, mean(x, axes))
     assert is_centred(deviation)
     known = array("x", shape)
@@ -206,9 +207,11 @@ def test_value_less_its_mean_is_centred(shape, data):
 @moderate
 def test_mean_of_square_less_squared_mean_is_centred(shape, data):
     axes = data.draw(axes_of(shape))
-    x = ex.of_leaf(leaf("x", shape))
+    x = terms.of_leaf(leaf("x", shape))
     average = mean(x, axes)
-    variance = ex.add(mean(ex.multiply(x, x), axes), ex.scale(ex.multiply(average, average), -1.0))
+    variance = algebra.add(
+        mean(algebra.multiply(x, x), axes), algebra.scale(algebra.multiply(average, average), -1.0)
+    )
     assert is_centred(variance)
     shifted = array("x", shape) + 1e6  # the one-pass formula has four digits left here
     expected = jnp.var(shifted, axes, keepdims=True)
@@ -216,32 +219,34 @@ def test_mean_of_square_less_squared_mean_is_centred(shape, data):
 
 
 def test_two_pass_variance_is_the_one_pass_one():
-    x = ex.of_leaf(leaf("x", (4, 3)))
+    x = terms.of_leaf(leaf("x", (4, 3)))
     average = mean(x, (0,))
-    one = ex.add(mean(ex.multiply(x, x), (0,)), ex.scale(ex.multiply(average, average), -1.0))
+    one = algebra.add(
+        mean(algebra.multiply(x, x), (0,)), algebra.scale(algebra.multiply(average, average), -1.0)
+    )
     deviation = minus(x, average)
-    two = mean(ex.multiply(deviation, deviation), (0,))
-    assert ex.add(one, ex.scale(two, -1.0)).terms == ()
+    two = mean(algebra.multiply(deviation, deviation), (0,))
+    assert algebra.add(one, algebra.scale(two, -1.0)).terms == ()
 
 
 def test_deviations_sum_to_zero():
-    x = ex.of_leaf(leaf("x", (4, 3)))
-    assert ex.reduce_sum(minus(x, mean(x, (0,))), (0,)).terms == ()
+    x = terms.of_leaf(leaf("x", (4, 3)))
+    assert algebra.reduce_sum(minus(x, mean(x, (0,))), (0,)).terms == ()
 
 
 def test_half_the_mean_is_not_taken_for_a_deviation():
-    x = ex.of_leaf(leaf("x", (4, 3)))
-    expr = minus(x, ex.scale(mean(x, (0,)), 0.5))
+    x = terms.of_leaf(leaf("x", (4, 3)))
+    expr = minus(x, algebra.scale(mean(x, (0,)), 0.5))
     assert len(expr.terms) == 2
     known = array("x", (4, 3))
     close(expr, known - 0.5 * known.mean(0))
 
 
 def test_partial_sum_of_a_deviation_is_refused():
-    x = ex.of_leaf(leaf("x", (4, 3)))
+    x = terms.of_leaf(leaf("x", (4, 3)))
     deviation = minus(x, mean(x, (0, 1)))
     with pytest.raises(Unrepresentable, match="partial sum of a centred value"):
-        ex.reduce_sum(deviation, (0,))
+        algebra.reduce_sum(deviation, (0,))
 
 
 # --- substitution ---
@@ -249,30 +254,32 @@ def test_partial_sum_of_a_deviation_is_refused():
 
 def reads(view):
     """An expression of the leaf ``h`` of shape (4, 6) through a view."""
-    return view(ex.of_leaf(leaf("h", (4, 6))))
+    return view(terms.of_leaf(leaf("h", (4, 6))))
 
 
 VIEWS = {
     "whole": lambda h: h,
     "centred rows": lambda h: minus(h, mean(h, (0,))),
     "centred columns": lambda h: minus(h, mean(h, (1,))),
-    "sliced": lambda h: ex.slice_axis(ex.slice_axis(h, 0, 1, 4, 2), 1, 2, 5),
-    "split": lambda h: ex.reshape(h, (4, 2, 3)),
-    "merged": lambda h: ex.reshape(h, (24,)),
-    "summed": lambda h: ex.reduce_sum(h, (0,)),
-    "summed twice": lambda h: ex.reduce_sum(ex.reshape(h, (2, 2, 6)), (0, 2)),
-    "times a gain": lambda h: ex.multiply(h, ex.of_leaf(leaf("g", (4, 6), "param"))),
-    "squared": lambda h: ex.multiply(h, h),
-    "variance": lambda h: mean(ex.multiply(minus(h, mean(h, (0,))), minus(h, mean(h, (0,)))), (0,)),
+    "sliced": lambda h: windowed.slice_axis(windowed.slice_axis(h, 0, 1, 4, 2), 1, 2, 5),
+    "split": lambda h: layout.reshape(h, (4, 2, 3)),
+    "merged": lambda h: layout.reshape(h, (24,)),
+    "summed": lambda h: algebra.reduce_sum(h, (0,)),
+    "summed twice": lambda h: algebra.reduce_sum(layout.reshape(h, (2, 2, 6)), (0, 2)),
+    "times a gain": lambda h: algebra.multiply(h, terms.of_leaf(leaf("g", (4, 6), "param"))),
+    "squared": lambda h: algebra.multiply(h, h),
+    "variance": lambda h: mean(
+        algebra.multiply(minus(h, mean(h, (0,))), minus(h, mean(h, (0,)))), (0,)
+    ),
 }
 
 
 def values_of_h():
-    x = ex.of_leaf(leaf("x", (4, 5)))
-    w = ex.of_leaf(leaf("w", (5, 6), "param"))
-    b = ex.broadcast(ex.of_leaf(leaf("b", (6,), "param")), (4, 6), (1,))
-    c = ex.broadcast(ex.of_leaf(leaf("c", (4, 1), "param")), (4, 6), (0, 1))
-    return {"product": matmul(x, w), "affine": ex.add(matmul(x, w), b), "row": c, "bias": b}
+    x = terms.of_leaf(leaf("x", (4, 5)))
+    w = terms.of_leaf(leaf("w", (5, 6), "param"))
+    b = layout.broadcast(terms.of_leaf(leaf("b", (6,), "param")), (4, 6), (1,))
+    c = layout.broadcast(terms.of_leaf(leaf("c", (4, 1), "param")), (4, 6), (0, 1))
+    return {"product": matmul(x, w), "affine": algebra.add(matmul(x, w), b), "row": c, "bias": b}
 
 
 @pytest.mark.parametrize("of", ["product", "affine", "row", "bias"])
@@ -280,61 +287,65 @@ def values_of_h():
 def test_substitution_through_views(view, of):
     expr, inner = reads(VIEWS[view]), values_of_h()[of]
     expected = value(expr, h=value(inner))
-    close(ex.substitute(expr, "h", inner), expected)
+    close(algebra.substitute(expr, "h", inner), expected)
 
 
 def test_substitution_of_what_is_not_read_changes_nothing():
-    x = ex.of_leaf(leaf("x", (4, 5)))
-    assert ex.substitute(x, "h", values_of_h()["product"]).terms == x.terms
+    x = terms.of_leaf(leaf("x", (4, 5)))
+    assert algebra.substitute(x, "h", values_of_h()["product"]).terms == x.terms
 
 
 def test_substitution_by_zero_leaves_nothing():
-    zero = Expr(ex.of_leaf(leaf("h", (4, 6))).dims, (), np.dtype(float))
-    assert ex.substitute(reads(VIEWS["centred rows"]), "h", zero).terms == ()
+    zero = Expr(terms.of_leaf(leaf("h", (4, 6))).dims, (), np.dtype(float))
+    assert algebra.substitute(reads(VIEWS["centred rows"]), "h", zero).terms == ()
 
 
 def test_substitution_of_a_centred_product_of_two_varying_factors_is_refused():
-    x, g = ex.of_leaf(leaf("x", (4, 6))), ex.of_leaf(leaf("g", (4, 6), "param"))
+    x, g = terms.of_leaf(leaf("x", (4, 6))), terms.of_leaf(leaf("g", (4, 6), "param"))
     with pytest.raises(Unrepresentable, match="two factors that both vary"):
-        ex.substitute(reads(VIEWS["centred rows"]), "h", ex.multiply(x, g))
+        algebra.substitute(reads(VIEWS["centred rows"]), "h", algebra.multiply(x, g))
 
 
 # --- limits ---
 
 
 def test_too_many_terms_are_refused():
-    total = ex.of_leaf(leaf("x0", (2,)))
-    for i in range(1, ex.MAX_TERMS):
-        total = ex.add(total, ex.of_leaf(leaf(f"x{i}", (2,))))
-    assert len(total.terms) == ex.MAX_TERMS
+    total = terms.of_leaf(leaf("x0", (2,)))
+    for i in range(1, like_terms.MAX_TERMS):
+        total = algebra.add(total, terms.of_leaf(leaf(f"x{i}", (2,))))
+    assert len(total.terms) == like_terms.MAX_TERMS
     with pytest.raises(Unrepresentable, match="grows too long"):
-        ex.add(total, ex.of_leaf(leaf("one more", (2,))))
+        algebra.add(total, terms.of_leaf(leaf("one more", (2,))))
 
 
 def test_too_many_factors_are_refused():
-    product = ex.of_leaf(leaf("w0", (2,), "param"))
-    for i in range(1, ex.MAX_FACTORS):
-        product = ex.multiply(product, ex.of_leaf(leaf(f"w{i}", (2,), "param")))
-    assert len(product.terms[0].factors) == ex.MAX_FACTORS
+    product = terms.of_leaf(leaf("w0", (2,), "param"))
+    for i in range(1, like_terms.MAX_FACTORS):
+        product = algebra.multiply(product, terms.of_leaf(leaf(f"w{i}", (2,), "param")))
+    assert len(product.terms[0].factors) == like_terms.MAX_FACTORS
     with pytest.raises(Unrepresentable, match="grows too long"):
-        ex.multiply(product, ex.of_leaf(leaf("one more", (2,), "param")))
+        algebra.multiply(product, terms.of_leaf(leaf("one more", (2,), "param")))
 
 
 REFUSED = {
-    "two activations": lambda x, y: ex.multiply(x, y),
-    "product of two activations": lambda x, y: matmul(x, ex.transpose(y, (1, 0))),
-    "no common refinement": lambda x, y: ex.reshape(x, (3, 2)),
-    "slice of a merged axis": lambda x, y: ex.slice_axis(ex.reshape(x, (6,)), 0, 1, 4),
-    "shapes .* differ": lambda x, y: ex.add(x, ex.transpose(y, (1, 0))),
-    "degree above two": lambda x, y: ex.multiply(ex.multiply(x, x), ex.multiply(x, x)),
-    "window over a merged axis": lambda x, y: ex.unfold(ex.reshape(x, (6,)), 0, 5, 2),
-    "merged axes or of single rows": lambda x, y: ex.concatenate([x, ex.slice_axis(y, 0, 0, 1)], 0),
-    "cast of data": lambda x, y: ex.cast(x, jnp.float32),
+    "two activations": lambda x, y: algebra.multiply(x, y),
+    "product of two activations": lambda x, y: matmul(x, layout.transpose(y, (1, 0))),
+    "no common refinement": lambda x, y: layout.reshape(x, (3, 2)),
+    "slice of a merged axis": lambda x, y: windowed.slice_axis(layout.reshape(x, (6,)), 0, 1, 4),
+    "shapes .* differ": lambda x, y: algebra.add(x, layout.transpose(y, (1, 0))),
+    "degree above two": lambda x, y: algebra.multiply(
+        algebra.multiply(x, x), algebra.multiply(x, x)
+    ),
+    "window over a merged axis": lambda x, y: windowed.unfold(layout.reshape(x, (6,)), 0, 5, 2),
+    "merged axes or of single rows": lambda x, y: windowed.concatenate(
+        [x, windowed.slice_axis(y, 0, 0, 1)], 0
+    ),
+    "cast of data": lambda x, y: layout.cast(x, jnp.float32),
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_represented_is_refused(message):
-    x, y = (ex.of_leaf(leaf(name, (2, 3))) for name in "xy")
+    x, y = (terms.of_leaf(leaf(name, (2, 3))) for name in "xy")
     with pytest.raises(Unrepresentable, match=message):
         REFUSED[message](x, y)

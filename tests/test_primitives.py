@@ -18,9 +18,9 @@ from jax import lax
 
 import fcjax
 from fcjax import compat
-from fcjax.expressions import algebra as ex
-from fcjax.expressions.algebra import Unrepresentable
+from fcjax.expressions import layout, terms
 from fcjax.expressions.primitives import RULES, register
+from fcjax.expressions.terms import Unrepresentable
 from fcjax.expressions.written import written
 from fcjax.planning.parts import recipe
 from fcjax.planning.plan import always_fold, plan
@@ -499,9 +499,9 @@ def test_reshape(shape, wanted):
 
 
 def test_reshape_without_common_refinement_is_a_boundary():
-    matrix = ex.Leaf("x", "data", (2, 3), np.dtype(float), trainable=False)
+    matrix = terms.Leaf("x", "data", (2, 3), np.dtype(float), trainable=False)
     with pytest.raises(Unrepresentable, match="no common refinement"):
-        ex.reshape(ex.of_leaf(matrix), (3, 2))
+        layout.reshape(terms.of_leaf(matrix), (3, 2))
     assert_views_agree(lambda x: x.reshape(3, 2), (2, 3))
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from jax import lax
 
 from fcjax.compat import JaxprEqn, Literal
-from fcjax.expressions import algebra as ex
-from fcjax.expressions.algebra import Expr, Unrepresentable
+from fcjax.expressions import algebra, layout, like_terms, windowed
+from fcjax.expressions.terms import Expr, Unrepresentable
 from fcjax.registry import registering
 
 __all__ = ["RULES", "VIEWS", "register"]
@@ -40,18 +40,18 @@ def _number(atom: Any) -> float | None:
 
 @register("add", "add_any")
 def _add(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
-    return ex.add(*_same_shape(operands))
+    return algebra.add(*_same_shape(operands))
 
 
 @register("sub")
 def _sub(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     a, b = _same_shape(operands)
-    return ex.add(a, ex.scale(b, -1.0))
+    return algebra.add(a, algebra.scale(b, -1.0))
 
 
 @register("neg")
 def _neg(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
-    return ex.scale(operands[0], -1.0)
+    return algebra.scale(operands[0], -1.0)
 
 
 @register("mul")
@@ -59,8 +59,8 @@ def _mul(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     for atom, other in zip(eqn.invars, reversed(operands), strict=True):
         number = _number(atom)
         if number is not None:
-            return ex.scale(other, number)
-    return ex.multiply(*_same_shape(operands))
+            return algebra.scale(other, number)
+    return algebra.multiply(*_same_shape(operands))
 
 
 @register("div")
@@ -68,12 +68,12 @@ def _div(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     number = _number(eqn.invars[1])
     if number is None or number == 0.0:
         raise Unrepresentable("a quotient by something that is no constant")
-    return ex.scale(operands[0], 1.0 / number)
+    return algebra.scale(operands[0], 1.0 / number)
 
 
 @register("square")
 def _square(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
-    return ex.multiply(operands[0], operands[0])
+    return algebra.multiply(operands[0], operands[0])
 
 
 @register("integer_pow")
@@ -83,7 +83,7 @@ def _integer_pow(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
         raise Unrepresentable(f"a power of {power}")
     result = operands[0]
     for _ in range(power - 1):
-        result = ex.multiply(result, operands[0])
+        result = algebra.multiply(result, operands[0])
     return result
 
 
@@ -92,7 +92,7 @@ def _same_shape(operands: Sequence[Expr]) -> tuple[Expr, Expr]:
     a, b = operands
     rank = max(len(a.dims), len(b.dims))
     shape = tuple(map(max, *((1,) * (rank - len(e.dims)) + e.shape for e in (a, b))))
-    wide = [ex.broadcast(e, shape, range(rank - len(e.dims), rank)) for e in (a, b)]
+    wide = [layout.broadcast(e, shape, range(rank - len(e.dims), rank)) for e in (a, b)]
     return wide[0], wide[1]
 
 
@@ -101,24 +101,24 @@ def _reshape(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
         raise Unrepresentable("a reshape that also transposes")
     shape: Sequence[int] = eqn.params.get("new_sizes") or eqn.outvars[0].aval.shape  # type: ignore[attr-defined]
-    return ex.reshape(operands[0], shape)
+    return layout.reshape(operands[0], shape)
 
 
 @register("transpose")
 def _transpose(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
-    return ex.transpose(operands[0], eqn.params["permutation"])
+    return layout.transpose(operands[0], eqn.params["permutation"])
 
 
 @register("broadcast_in_dim")
 def _broadcast_in_dim(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
-    return ex.broadcast(operands[0], eqn.params["shape"], eqn.params["broadcast_dimensions"])
+    return layout.broadcast(operands[0], eqn.params["shape"], eqn.params["broadcast_dimensions"])
 
 
 @register("convert_element_type")
 def _convert(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     if _is_zero(operands[0]):  # an integer in the source, such as what jnp.pad pads with
         return dataclasses.replace(operands[0], dtype=eqn.params["new_dtype"])
-    return ex.cast(operands[0], eqn.params["new_dtype"])
+    return layout.cast(operands[0], eqn.params["new_dtype"])
 
 
 @register("copy", "copy_p")
@@ -132,7 +132,7 @@ def _slice(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     strides = eqn.params["strides"] or (1,) * len(result.dims)
     views = zip(eqn.params["start_indices"], eqn.params["limit_indices"], strides, strict=True)
     for axis, (start, limit, stride) in enumerate(views):
-        result = ex.slice_axis(result, axis, start, limit, stride)
+        result = windowed.slice_axis(result, axis, start, limit, stride)
     return result
 
 
@@ -141,19 +141,19 @@ def _split(operands: Sequence[Expr], eqn: JaxprEqn) -> list[Expr]:
     ends = list(itertools.accumulate(eqn.params["sizes"]))
     axis = eqn.params["axis"]
     return [
-        ex.slice_axis(operands[0], axis, end - size, end)
+        windowed.slice_axis(operands[0], axis, end - size, end)
         for size, end in zip(eqn.params["sizes"], ends, strict=True)
     ]
 
 
 @register("concatenate")
 def _concatenate(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
-    return ex.concatenate(operands, eqn.params["dimension"])
+    return windowed.concatenate(operands, eqn.params["dimension"])
 
 
 @register("reduce_sum")
 def _reduce_sum(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
-    return ex.reduce_sum(operands[0], eqn.params["axes"])
+    return algebra.reduce_sum(operands[0], eqn.params["axes"])
 
 
 @register("dot_general")
@@ -163,8 +163,8 @@ def _dot_general(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
         raise Unrepresentable("a product that accumulates in another dtype")
     contracting, batch = eqn.params["dimension_numbers"]
     lhs, rhs = operands
-    result = ex.contract(lhs, rhs, contracting, batch)
-    return ex.at_least(result, _precision(eqn.params.get("precision")))
+    result = algebra.contract(lhs, rhs, contracting, batch)
+    return like_terms.at_least(result, _precision(eqn.params.get("precision")))
 
 
 def _precision(precision: Any) -> lax.Precision | None:
@@ -192,25 +192,25 @@ def _convolution(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
         raise Unrepresentable("a product that accumulates in another dtype")
     specs = eqn.params["dimension_numbers"]
     groups = eqn.params["feature_group_count"]
-    rows, kernel = map(ex.transpose, operands, specs[:2])
+    rows, kernel = map(layout.transpose, operands, specs[:2])
     count, channels, *space = rows.shape
     out, _, *taps = kernel.shape
-    rows = ex.reshape(rows, (count, groups, channels // groups, *space))
-    kernel = ex.reshape(kernel, (groups, out // groups, channels // groups, *taps))
+    rows = layout.reshape(rows, (count, groups, channels // groups, *space))
+    kernel = layout.reshape(kernel, (groups, out // groups, channels // groups, *taps))
     places: Sequence[int] = [eqn.outvars[0].aval.shape[i] for i in specs[2][2:]]  # type: ignore[attr-defined]
     for axis, made in enumerate(places):
-        rows = ex.unfold(
+        rows = windowed.unfold(
             rows, 3 + axis, made, taps[axis],
             spread=eqn.params["lhs_dilation"][axis], stride=eqn.params["window_strides"][axis],
             dilation=eqn.params["rhs_dilation"][axis], offset=-eqn.params["padding"][axis][0],
         )  # fmt: skip
     n = len(places)
     summed = ((2, *range(3 + n, 3 + 2 * n)), (2, *range(3, 3 + n)))
-    made_of = ex.contract(rows, kernel, summed, ((1,), (0,)))  # groups, count, *places, out
-    made_of = ex.transpose(made_of, (1, 0, 2 + n, *range(2, 2 + n)))
-    result = ex.reshape(made_of, (count, out, *places))
-    result = ex.transpose(result, [specs[2].index(i) for i in range(2 + n)])
-    return ex.at_least(result, _precision(eqn.params.get("precision")))
+    made_of = algebra.contract(rows, kernel, summed, ((1,), (0,)))  # groups, count, *places, out
+    made_of = layout.transpose(made_of, (1, 0, 2 + n, *range(2, 2 + n)))
+    result = layout.reshape(made_of, (count, out, *places))
+    result = layout.transpose(result, [specs[2].index(i) for i in range(2 + n)])
+    return like_terms.at_least(result, _precision(eqn.params.get("precision")))
 
 
 @register("reduce_window_sum")
@@ -218,12 +218,12 @@ def _pooled(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     result = operands[0]
     rank = len(result.dims)
     for axis, made in enumerate(eqn.outvars[0].aval.shape):  # type: ignore[attr-defined]
-        result = ex.unfold(
+        result = windowed.unfold(
             result, axis, made, eqn.params["window_dimensions"][axis],
             spread=eqn.params["base_dilation"][axis], stride=eqn.params["window_strides"][axis],
             dilation=eqn.params["window_dilation"][axis], offset=-eqn.params["padding"][axis][0],
         )  # fmt: skip
-    return ex.reduce_sum(result, range(rank, 2 * rank))
+    return algebra.reduce_sum(result, range(rank, 2 * rank))
 
 
 @register("pad")
@@ -233,5 +233,7 @@ def _pad(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     result = operands[0]
     sizes: Sequence[int] = eqn.outvars[0].aval.shape  # type: ignore[attr-defined]
     for axis, (low, _, inside) in enumerate(eqn.params["padding_config"]):
-        result = ex.unfold(result, axis, sizes[axis], 1, spread=1 + int(inside), offset=-int(low))
-    return ex.reshape(result, sizes)
+        result = windowed.unfold(
+            result, axis, sizes[axis], 1, spread=1 + int(inside), offset=-int(low)
+        )
+    return layout.reshape(result, sizes)

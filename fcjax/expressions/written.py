@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from fcjax import compat
 from fcjax.compat import Literal as Number
-from fcjax.expressions import algebra as ex
-from fcjax.expressions.algebra import Expr, Unrepresentable
+from fcjax.expressions import terms
 from fcjax.expressions.primitives import RULES, VIEWS
+from fcjax.expressions.terms import Expr, Unrepresentable
 from fcjax.planning.kernels import has_taps
 from fcjax.tracing import trace
 from fcjax.tracing.trace import Atom, Body, Equation, Kind, Value
@@ -218,9 +218,9 @@ class _Reader:
 
     def _operand(self, atom: Value | Number) -> Expr:
         if not isinstance(atom, Value):
-            return Expr((), (ex.Term(float(atom.val), ()),), atom.aval.dtype)  # type: ignore[attr-defined]
+            return Expr((), (terms.Term(float(atom.val), ()),), atom.aval.dtype)  # type: ignore[attr-defined]
         if atom not in self.seen:
-            self.seen[atom] = ex.of_leaf(self.known[atom].leaf(atom))
+            self.seen[atom] = terms.of_leaf(self.known[atom].leaf(atom))
         return self.seen[atom]
 
     def _compute(self, value: Value) -> None:
@@ -242,7 +242,7 @@ def _multiplies_activations(equation: Equation, known: dict[Value, Kind]) -> boo
 
 def _product(equation: Equation, known: dict[Value, Kind]) -> Expr:
     """A product of two activations as one term; the planner takes none of these."""
-    a, b = (ex.of_leaf(known[v].leaf(v)) for v in equation.values)
+    a, b = (terms.of_leaf(known[v].leaf(v)) for v in equation.values)
     contracting, batch = equation.source.params["dimension_numbers"]
     shared = [(*contracting[side], *batch[side]) for side in (0, 1)]
     b = b.rename(
@@ -256,7 +256,7 @@ def _product(equation: Equation, known: dict[Value, Kind]) -> Expr:
     ]
     factors = (*a.terms[0].factors, *b.terms[0].factors)
     dims = (*(a.dims[i] for i in batch[0]), *free)
-    return Expr(dims, (ex.Term(1.0, factors),), a.dtype)
+    return Expr(dims, (terms.Term(1.0, factors),), a.dtype)
 
 
 def _count_readers(body: Body) -> dict[Value, int]:

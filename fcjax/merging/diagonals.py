@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fcjax.expressions.algebra import Expr, Factor, Label, Leaf, Term
+from fcjax.expressions.terms import Expr, Factor, Label, Leaf, Term
 from fcjax.planning.parts import Linear, Part, Product
 from fcjax.tracing.trace import Value
 

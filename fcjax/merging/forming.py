@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from fcjax.expressions.algebra import Expr, Factor, Label, Leaf, Term
+from fcjax.expressions.terms import Expr, Factor, Label, Leaf, Term
 from fcjax.merging.ahead import digest
 from fcjax.merging.diagonals import Identity, absorbed
 from fcjax.planning import parts

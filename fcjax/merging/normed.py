@@ -7,8 +7,8 @@ what it costs in the original.
 
 import dataclasses
 
-from fcjax.expressions import algebra as ex
-from fcjax.expressions.algebra import Expr, Term
+from fcjax.expressions import algebra, terms
+from fcjax.expressions.terms import Expr, Term
 from fcjax.expressions.written import Written
 from fcjax.tracing.trace import Equation, Value
 
@@ -24,7 +24,7 @@ def with_normed(network: Written) -> Written:
     for value, expr in network.roots.items():
         if value in found:
             kind = network.known[value]
-            roots[found[value]], roots[value] = _split(expr, ex.of_leaf(kind.leaf(found[value])))
+            roots[found[value]], roots[value] = _split(expr, terms.of_leaf(kind.leaf(found[value])))
         else:
             roots[value] = expr
     equations = []
@@ -61,7 +61,7 @@ def _split(expr: Expr, normed: Expr) -> tuple[Expr, Expr]:
     data = Term(1.0, tuple(f for f in term.factors if f.is_data))
     gains = tuple(f for f in term.factors if not f.is_data)
     inner = dataclasses.replace(expr, terms=(data,))
-    (placed,) = ex.add(dataclasses.replace(expr, terms=()), normed).terms
+    (placed,) = algebra.add(dataclasses.replace(expr, terms=()), normed).terms
     read = Term(term.scale, (*placed.factors, *gains))
     terms = tuple(read if t is term else t for t in expr.terms)
     return inner, dataclasses.replace(expr, terms=terms)

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 
-from fcjax.expressions.algebra import Expr, Unrepresentable
+from fcjax.expressions.terms import Expr, Unrepresentable
 from fcjax.expressions.written import Written, written
 from fcjax.merging import ahead, forming, loops
 from fcjax.merging.forming import Formed, Kernel, Lowered

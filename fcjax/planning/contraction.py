@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-from fcjax.expressions.algebra import Label
+from fcjax.expressions.terms import Label
 
 __all__ = [
     "Cost",

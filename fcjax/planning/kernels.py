@@ -14,8 +14,8 @@ import math
 from collections.abc import Sequence
 
 from fcjax.expressions import windows
-from fcjax.expressions.algebra import Axis as Labels
-from fcjax.expressions.algebra import Factor, Label, Term, Unrepresentable, Window
+from fcjax.expressions.terms import Axis as Labels
+from fcjax.expressions.terms import Factor, Label, Term, Unrepresentable, Window
 
 __all__ = ["Grid", "Place", "Shared", "View", "computed_over", "has_taps", "share", "view"]
 

@@ -21,7 +21,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from fcjax.expressions.algebra import Expr, Factor, Label, Term, Unrepresentable, Window, term_key
+from fcjax.expressions.like_terms import term_key
+from fcjax.expressions.terms import Expr, Factor, Label, Term, Unrepresentable, Window
 from fcjax.planning import contraction, kernels
 from fcjax.planning.contraction import Cost, Operand, Order
 from fcjax.planning.kernels import Grid, Place, View

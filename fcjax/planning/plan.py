@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Literal
 
 from fcjax.clusters import Clusters
-from fcjax.expressions import algebra as ex
-from fcjax.expressions.algebra import Expr, Unrepresentable
+from fcjax.expressions import algebra
+from fcjax.expressions.terms import Expr, Unrepresentable
 from fcjax.expressions.written import Written
 from fcjax.planning.contraction import Cost
 from fcjax.planning.parts import Recipe, recipe
@@ -293,7 +293,7 @@ class _Search:
         for value in sorted(move, key=self.order.__getitem__, reverse=True):
             if value in expr.leaves:
                 made = self.recipes[value].expr
-                expr = ex.substitute(expr, value, made)
+                expr = algebra.substitute(expr, value, made)
                 square = square and square.substitute(value, made)
         return recipe(expr, self.runs, square)
 

@@ -9,8 +9,8 @@ import dataclasses
 import itertools
 from collections.abc import Hashable
 
-from fcjax.expressions import algebra as ex
-from fcjax.expressions.algebra import Expr, Label, Term, Unrepresentable
+from fcjax.expressions import algebra
+from fcjax.expressions.terms import Expr, Label, Term, Unrepresentable
 
 __all__ = ["Square", "square_in"]
 
@@ -37,7 +37,7 @@ class Square:
     def substitute(self, var: Hashable, value: Expr) -> "Square | None":
         """The same with the leaf ``var`` replaced by what it is; None if that has no such form."""
         try:
-            inner, rest = (ex.substitute(e, var, value) for e in (self.inner, self.rest))
+            inner, rest = (algebra.substitute(e, var, value) for e in (self.inner, self.rest))
         except Unrepresentable:
             return None
         return dataclasses.replace(self, inner=inner, rest=rest)

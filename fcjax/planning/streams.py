@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fcjax.expressions import algebra as ex
-from fcjax.expressions.algebra import Expr, Factor, Term, Unrepresentable
+from fcjax.expressions import deviations
+from fcjax.expressions.terms import Expr, Factor, Term, Unrepresentable
 from fcjax.expressions.written import Written
 from fcjax.planning.parts import computed_over, recipe
 from fcjax.tracing.trace import Value
@@ -41,7 +41,7 @@ def centred(network: Written) -> Written | None:
     roots = dict(network.roots)
     try:
         for value, axis in found:
-            roots[value] = ex.deviation(roots[value], axis)
+            roots[value] = deviations.deviation(roots[value], axis)
         members = dict(found)
         roots = {value: _less_centring(expr, members) for value, expr in roots.items()}
         changed = {v for v, expr in roots.items() if expr is not network.roots[v]}

@@ -20,9 +20,9 @@ import jax
 import numpy as np
 
 from fcjax import compat
-from fcjax.expressions import algebra as ex
-from fcjax.expressions.algebra import Expr, Factor, Term, Unrepresentable
+from fcjax.expressions import algebra, layout, terms
 from fcjax.expressions.primitives import VIEWS
+from fcjax.expressions.terms import Expr, Factor, Term, Unrepresentable
 from fcjax.expressions.written import Written
 from fcjax.tracing import trace
 from fcjax.tracing.trace import Atom, Body, Equation, Value
@@ -141,7 +141,7 @@ def mismatch(survivor: Array, follower: Array) -> float:
 # --- where parameters are read ------------------------------------------------------------------
 
 
-Place = tuple[int, ex.Dims, tuple[tuple[int, int, int] | None, ...]]
+Place = tuple[int, terms.Dims, tuple[tuple[int, int, int] | None, ...]]
 """The number of a product, the labels of a factor's axes in it, and the part that stands there."""
 
 
@@ -167,7 +167,7 @@ class _Reading:
         self.multiplied: set[Value] = set()
         self.numbers = itertools.count()
         # what has been taken out, a product of parameters; zero, which scales with all, is no term
-        self.scales = {value: ex.of_leaf(self.known[value].leaf(value)) for value in self.places}
+        self.scales = {value: terms.of_leaf(self.known[value].leaf(value)) for value in self.places}
         for equation in network.body.equations:
             if equation in network.boundaries:
                 self._read_boundary(equation)
@@ -188,7 +188,7 @@ class _Reading:
             factor = Factor(rest, scale.dims, (None,) * len(scale.dims))
             terms = tuple(Term(1.0, (factor, *t.factors)) for t in scale.terms)
             try:
-                expr = ex.substitute(expr, value, dataclasses.replace(scale, terms=terms))
+                expr = algebra.substitute(expr, value, dataclasses.replace(scale, terms=terms))
             except Unrepresentable:
                 self._read_whole(value)
         return expr
@@ -228,26 +228,28 @@ class _Reading:
         """How the result of a boundary scales with its operands, None if that is not known."""
         operands = equation.inputs[1:] if equation.name == "select_n" else equation.inputs
         if equation.name == "mul":
-            return functools.reduce(ex.multiply, self._wide(operands))
+            return functools.reduce(algebra.multiply, self._wide(operands))
         scales = any(v in self.scales for v in equation.values)
         is_activation = scales and is_relu(equation)  # which takes a while
         is_number = equation.name == "convert_element_type" and not equation.values
         if equation.name in HOMOGENEOUS | COMPARISONS or is_activation or is_number:
-            return functools.reduce(ex.add, self._wide(operands))  # as their sum would
+            return functools.reduce(algebra.add, self._wide(operands))  # as their sum would
         return None
 
     def _wide(self, atoms: Sequence[Atom]) -> list[Expr]:
         """What has been taken out of operands, scalars repeated as arithmetic in jax does."""
         scales = [self._scale(atom) for atom in atoms]
         shape = max((s.shape for s in scales), key=len)
-        return [ex.broadcast(s, shape, range(len(shape) - len(s.dims), len(shape))) for s in scales]
+        return [
+            layout.broadcast(s, shape, range(len(shape) - len(s.dims), len(shape))) for s in scales
+        ]
 
     def _scale(self, atom: Atom) -> Expr:
         if isinstance(atom, Value) and atom in self.scales:
             return self.scales[atom]
         is_zero = isinstance(atom, compat.Literal) and not np.any(atom.val)
         aval: Any = atom.aval
-        return Expr(ex.fresh_dims(aval.shape), () if is_zero else (Term(1.0, ()),), aval.dtype)
+        return Expr(terms.fresh_dims(aval.shape), () if is_zero else (Term(1.0, ()),), aval.dtype)
 
     def _read_whole(self, atom: Atom) -> None:
         if isinstance(atom, Value) and atom in self.scales:
@@ -257,7 +259,7 @@ class _Reading:
     def _note(self, factors: Counter[Factor]) -> None:
         number = next(self.numbers)
         for factor, times in factors.items():
-            assert not factor.centred  # only data is, see ``algebra.recentre``
+            assert not factor.centred  # only data is, see ``deviations.recentre``
             self.places[factor.leaf.var][number, factor.axes, factor.slices] += times
 
     def _note_multiplied(self, factors: Counter[Factor]) -> None:

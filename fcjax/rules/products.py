@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 
 from fcjax.errors import FrontContributionError
-from fcjax.expressions import algebra as ex
-from fcjax.expressions.algebra import Expr, Factor, Term
+from fcjax.expressions import algebra, terms
+from fcjax.expressions.terms import Expr, Factor, Term
 from fcjax.expressions.written import Written
 from fcjax.rules.fold import in_order
 from fcjax.rules.rewrite import replaced
@@ -98,7 +98,7 @@ def _directed(chain: MatrixChain, network: Written) -> MatrixChain:
     return MatrixChain(chain.leaves[::-1], tuple(not turned for turned in chain.turned[::-1]))
 
 
-def _meets(axis: ex.Axis, term: Term, expr: Expr) -> bool:
+def _meets(axis: terms.Axis, term: Term, expr: Expr) -> bool:
     """Whether an axis of a factor is contracted with data."""
     data = frozenset().union(*(f.labels for f in term.factors if f.is_data))
     return bool(axis) and set(axis) <= data - expr.free
@@ -259,7 +259,7 @@ class _Writer:
         for value, expr in self.network.roots.items():
             inner = [v for v in expr.leaves if v in made and self.is_open(made[v])]
             for v in inner:
-                expr = ex.substitute(expr, v, made[v])
+                expr = algebra.substitute(expr, v, made[v])
             made[value] = self._multiplied(expr) if self.is_open(expr) else expr
             yield value, made[value]
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from fcjax.errors import FrontContributionError
-from fcjax.expressions.algebra import Expr, Factor, Label
+from fcjax.expressions.terms import Expr, Factor, Label
 from fcjax.expressions.written import Written
 from fcjax.rules import lookups
 from fcjax.rules.compress import Compression

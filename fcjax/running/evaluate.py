@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fcjax.expressions.algebra import Expr, Factor, Label, Window
+from fcjax.expressions.terms import Expr, Factor, Label, Window
 from fcjax.planning.contraction import Order, members
 from fcjax.planning.parts import (
     Convolution,

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fcjax.clusters import Clusters
-from fcjax.expressions.algebra import Expr, Factor, Label, Term
+from fcjax.expressions.terms import Expr, Factor, Label, Term
 from fcjax.expressions.written import Written, handed_over
 from fcjax.tracing.trace import Equation, Value
 

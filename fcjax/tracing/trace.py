@@ -9,7 +9,7 @@ import numpy as np
 
 from fcjax import compat
 from fcjax.compat import JaxprEqn
-from fcjax.expressions.algebra import Leaf
+from fcjax.expressions.terms import Leaf
 
 __all__ = [
     "INLINED",
@@ -178,7 +178,7 @@ def _inlinable(eqn: JaxprEqn, inlined: frozenset[str]) -> Any | None:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a value depends on; see ``expressions.algebra.Leaf``."""
+    """What a value depends on; see ``expressions.terms.Leaf``."""
 
     of: Literal["param", "data", "const"]
     trainable: bool
