@@ -20,8 +20,9 @@ from fcjax.expressions import algebra, layout, terms, windowed
 from fcjax.expressions.primitives import RULES
 from fcjax.expressions.terms import Unrepresentable
 from fcjax.expressions.written import written
-from fcjax.planning.parts import Convolution, recipe
+from fcjax.planning.parts import Convolution
 from fcjax.planning.plan import always_fold, plan
+from fcjax.planning.recipes import recipe
 from fcjax.tracing import trace
 from fcjax.transform import DATA, PARAM
 

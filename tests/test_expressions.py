@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fcjax.expressions import algebra, layout, like_terms, terms, windowed
 from fcjax.expressions.like_terms import term_key
 from fcjax.expressions.terms import Expr, Factor, Label, Leaf, Term, Unrepresentable
-from fcjax.planning.parts import recipe
+from fcjax.planning.recipes import recipe
 from fcjax.running.evaluate import evaluate
 
 moderate = settings(max_examples=10, deadline=None, derandomize=True)

@@ -22,9 +22,10 @@ from fcjax.expressions import layout, terms
 from fcjax.expressions.primitives import RULES, register
 from fcjax.expressions.terms import Unrepresentable
 from fcjax.expressions.written import written
-from fcjax.planning.parts import recipe
 from fcjax.planning.plan import always_fold, plan
-from fcjax.running.evaluate import evaluate, form
+from fcjax.planning.recipes import recipe
+from fcjax.running.evaluate import evaluate
+from fcjax.running.weights import form
 from fcjax.tracing import trace
 from fcjax.transform import DATA, PARAM
 

@@ -19,11 +19,20 @@ from jax import Array, lax
 from fcjax.expressions.terms import Expr, Factor, Label, Leaf, Term
 from fcjax.merging.ahead import digest
 from fcjax.merging.diagonals import Identity, absorbed
-from fcjax.planning import parts
 from fcjax.planning.contraction import Order, members
 from fcjax.planning.kernels import Place, has_taps
-from fcjax.planning.parts import Convolution, Linear, MeanSquare, Part, Product, Recipe
-from fcjax.running.evaluate import evaluate, kernel
+from fcjax.planning.parts import (
+    Convolution,
+    Linear,
+    MeanSquare,
+    Part,
+    Product,
+    Recipe,
+    computed_over,
+)
+from fcjax.planning.recipes import recipe
+from fcjax.running.evaluate import evaluate
+from fcjax.running.weights import weight_of
 from fcjax.tracing.trace import Value
 
 __all__ = ["Formed", "Kernel", "Lowered", "lowered", "operations"]
@@ -89,7 +98,7 @@ class Kernel:
 
     def compute(self, env: Mapping[Any, Array]) -> Array:
         """The array, given those that it is made of."""
-        return kernel(self.part, env, self.expr).astype(self.value.aval.dtype)
+        return weight_of(self.part, env, self.expr).array.astype(self.value.aval.dtype)
 
     def identity(self, leaves: Mapping[Value, str]) -> str:
         """A name for it, equal for equal computations; ``leaves`` names what it is made of."""
@@ -160,7 +169,7 @@ class _Lowering:
             if _is_sum(part):
                 continue
             if isinstance(part, Product):
-                keep = parts.computed_over(part.term, self.expr.free)
+                keep = computed_over(part.term, self.expr.free)
                 made.append(self.product(part, keep))
             elif isinstance(part, Linear):
                 made.append(self.linear(part))
@@ -266,7 +275,7 @@ class _Lowering:
         expr = Expr(dims, tuple(terms), wide, lax.Precision.HIGHEST)
         value = Value(jax.core.ShapedArray(expr.shape, self.expr.dtype))
         axes = tuple(i for i, label in enumerate(labels) if label in less_mean)
-        self.formed.append(Formed(value, parts.recipe(expr), axes, is_sum))
+        self.formed.append(Formed(value, recipe(expr), axes, is_sum))
         leaf = Leaf(value, "param", expr.shape, self.expr.dtype, trainable=False)
         return Factor(leaf, dims, (None,) * len(dims))
 

@@ -12,8 +12,8 @@ from fcjax.merging import ahead, forming, loops
 from fcjax.merging.forming import Formed, Kernel, Lowered
 from fcjax.merging.kept import Kept, Merging
 from fcjax.merging.normed import with_normed
-from fcjax.planning.parts import recipe
 from fcjax.planning.plan import Plan, plan
+from fcjax.planning.recipes import recipe
 from fcjax.tracing.trace import Body, Equation, Kind, Value
 
 __all__ = ["merging"]

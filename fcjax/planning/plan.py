@@ -23,7 +23,8 @@ from fcjax.expressions import algebra
 from fcjax.expressions.terms import Expr, Unrepresentable
 from fcjax.expressions.written import Written
 from fcjax.planning.contraction import Cost
-from fcjax.planning.parts import Recipe, recipe
+from fcjax.planning.parts import Recipe
+from fcjax.planning.recipes import recipe
 from fcjax.planning.squares import square_in
 from fcjax.planning.streams import centred
 from fcjax.tracing.trace import Body, Equation, Kind, Value

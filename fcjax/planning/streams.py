@@ -18,7 +18,8 @@ import numpy as np
 from fcjax.expressions import deviations
 from fcjax.expressions.terms import Expr, Factor, Term, Unrepresentable
 from fcjax.expressions.written import Written
-from fcjax.planning.parts import computed_over, recipe
+from fcjax.planning.parts import computed_over
+from fcjax.planning.recipes import recipe
 from fcjax.tracing.trace import Value
 
 __all__ = ["Stream", "centred", "streams"]

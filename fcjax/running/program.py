@@ -11,15 +11,8 @@ from jax import Array, lax
 from fcjax import compat
 from fcjax.planning.parts import MeanSquare, Recipe
 from fcjax.planning.plan import Plan
-from fcjax.running.evaluate import (
-    SQUARE,
-    Formed,
-    evaluate,
-    form,
-    formed_leaves,
-    mean_squares,
-    squares_key,
-)
+from fcjax.running.evaluate import SQUARE, evaluate, mean_squares, squares_key
+from fcjax.running.weights import Formed, form, formed_leaves
 from fcjax.tracing.trace import Equation, Value
 
 __all__ = ["Program"]

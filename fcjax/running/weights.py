@@ -1,0 +1,207 @@
+"""Effective weights: products of parameters, sums of them, and which can be formed ahead."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Hashable, Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+from fcjax.expressions.terms import Expr, Factor, Label
+from fcjax.planning.contraction import Order, members
+from fcjax.planning.parts import (
+    Convolution,
+    Linear,
+    MeanSquare,
+    Part,
+    Product,
+    Recipe,
+    RowSquare,
+    computed_over,
+)
+from fcjax.running import convolving
+from fcjax.running.named import Env, Named, less_mean, ordered, pair, realised, sum_out
+
+__all__ = ["Formed", "form", "formed_leaves", "product_of", "weight_of", "whole_weight"]
+
+
+Formed = dict[Hashable, Named]
+"""Weights of a recipe that were formed earlier, by the part or the product they belong to."""
+
+
+def product_of(
+    part: Product, keep: frozenset[Label], expr: Expr, env: Env, formed: Formed | None = None,
+    key: tuple[Hashable, ...] = (),
+) -> Named:  # fmt: skip
+    """A product, summed over all labels that are not kept.
+
+    Args:
+      part: the product.
+      keep: the labels of the result.
+      expr: the expression that it is part of.
+      env: the arrays of its leaves.
+      formed: sub-products formed earlier, under ``(*key, order)``.
+      key: the number of the part in its recipe.
+    """
+    term = part.term
+    if not term.factors:
+        return Named(jnp.asarray(term.scale, expr.dtype), (), False)
+    value = sum_out(_multiply(part, part.order, keep, expr, env, formed or {}, key), keep)
+    if term.scale == 1.0:
+        return value
+    return dataclasses.replace(value, array=value.array * term.scale)
+
+
+def _multiply(
+    part: Product, order: Order, needed: frozenset[Label], expr: Expr, env: Env, formed: Formed,
+    key: tuple[Hashable, ...],
+) -> Named:  # fmt: skip
+    if (*key, order) in formed:
+        return formed[(*key, order)]
+    if isinstance(order, int):
+        return realised(part.term.factors[order], env)
+    a, b = (
+        _multiply(part, half, needed | _labels_of(part, other), expr, env, formed, key)
+        for half, other in (order, order[::-1])
+    )
+    return pair(a, b, needed, expr)
+
+
+def _labels_of(part: Product, order: Order) -> frozenset[Label]:
+    return frozenset().union(*(part.term.factors[k].labels for k in members(order)))
+
+
+def weight_of(part: Linear | MeanSquare | Convolution, env: Env, expr: Expr) -> Named:
+    """The effective weight Z, on exactly ``part.weight_labels``."""
+    labels = part.weight_labels
+    total: Array | None = None
+    for i, product in enumerate(_products(part)):
+        if isinstance(part, Convolution):
+            value = _tap_product(part, i, expr, env)
+        else:
+            value = product_of(product, frozenset(labels), expr, env)
+        array = ordered(value, labels)
+        total = array if total is None else total + array
+    assert total is not None
+    total = jnp.broadcast_to(total, [label.size for label in labels])
+    if isinstance(part, Linear) and part.centre_weight:
+        total = less_mean(total, labels, part.centre_weight)
+    data = any(f.is_data for product in _products(part) for f in product.term.factors)
+    return Named(total, labels, data)
+
+
+def _products(part: Part) -> tuple[Product, ...]:
+    if isinstance(part, Product):
+        return (part,)
+    if isinstance(part, RowSquare):
+        return (*part.inner.weights, *part.shifts)
+    return (part.weight,) if isinstance(part, MeanSquare) else part.weights
+
+
+def whole_weight(
+    part: Linear | MeanSquare | RowSquare | Convolution, env: Env, expr: Expr
+) -> Named:
+    """The effective weight; of a row square as a matrix, with the shift as its last row."""
+    if not isinstance(part, RowSquare):
+        return weight_of(part, env, expr)
+    contracted = [x for x in itertools.chain(*part.rows.axes) if x in part.inner.weight_labels]
+    width, columns = (math.prod(x.size for x in labels) for labels in (contracted, part.over))
+    own = weight_of(part.inner, env, expr)
+    matrix = ordered(own, (*contracted, *part.over)).reshape(width, columns)
+    shift = jnp.zeros([x.size for x in part.over], matrix.dtype)
+    for product in part.shifts:
+        value = product_of(product, frozenset(part.over), expr, env)
+        shift = shift + ordered(value, part.over)
+    rows = [matrix, shift.reshape(1, columns)] if part.shifts else [matrix]
+    return Named(jnp.concatenate(rows), (Label(width + len(rows) - 1), Label(columns)), own.data)
+
+
+def _tap_product(part: Convolution, i: int, expr: Expr, env: Env) -> Named:
+    """One of the products that a kernel is the sum of, at its place among the taps."""
+    product, place = part.weights[i], part.places[i]
+    taps = place.labels
+    value = product_of(product, frozenset(part.weight_labels) | taps, expr, env)
+    for grid, (steps, low) in zip(part.grids, place.taps, strict=True):
+        if grid.tap is not None:
+            value = _at_taps(
+                value, steps, low, grid.tap, frozenset(part.weight_labels) | taps, expr
+            )
+    for summed, kept in place.diagonal:
+        eye = Named(jnp.eye(kept.size, dtype=value.array.dtype), (summed, kept), False)
+        value = pair(value, eye, frozenset(part.weight_labels), expr)
+    return value
+
+
+def _at_taps(
+    value: Named, steps: Sequence[tuple[Label, int]], low: int, tap: Label, keep: frozenset[Label],
+    expr: Expr,
+) -> Named:  # fmt: skip
+    """Puts the taps of a product where they stand among those of a kernel."""
+    present = [(x, by) for x, by in steps if x in value.labels]
+    if len(steps) == 1 and present and low == 0 and present[0][0].size == tap.size:
+        labels = tuple(tap if x is present[0][0] else x for x in value.labels)
+        return dataclasses.replace(value, labels=labels)  # it is the kernel's own grid
+    absent = [(x.size, by) for x, by in steps if x not in value.labels]
+    chosen = convolving.placing([(x.size, by) for x, by in present], absent, low, tap.size)
+    axes = (*(x for x, _ in present), tap)
+    placing = Named(jnp.asarray(chosen, value.array.dtype), axes, False)
+    return pair(value, placing, keep - frozenset(x for x, _ in present), expr)
+
+
+# --- what is formed ahead -----------------------------------------------------------------------
+
+
+def form(recipe: Recipe, env: Env) -> Formed:
+    """The weights of a recipe that are the same in every run of the body it belongs to."""
+    formed: Formed = {}
+    for i, part in enumerate(recipe.parts):
+        if isinstance(part, Product):
+            _form_product(part, (i,), recipe.expr, env, formed)
+        elif not _is_apart(part) and _is_invariant(part):
+            formed[i] = whole_weight(part, env, recipe.expr)
+    return formed
+
+
+def _form_product(
+    part: Product, key: tuple[Hashable, ...], expr: Expr, env: Env, formed: Formed
+) -> None:
+    """Forms the largest invariant sub-products of a product."""
+    if not part.term.factors or all(_invariant(f) for f in part.term.factors):
+        return  # a constant of the value: nothing meets it but the sum
+
+    def visit(order: Order, needed: frozenset[Label]) -> None:
+        if isinstance(order, int):
+            return
+        inside = members(order)
+        if all(_invariant(part.term.factors[k]) for k in inside):
+            formed[(*key, order)] = _multiply(part, order, needed, expr, env, {}, key)
+            return
+        for half, other in (order, order[::-1]):
+            visit(half, needed | _labels_of(part, other))
+
+    visit(part.order, computed_over(part.term, expr.free))
+
+
+def formed_leaves(recipe: Recipe) -> set[Hashable]:
+    """The leaves that ``form`` reads."""
+    factors = [
+        f
+        for part in recipe.parts
+        for product in _products(part)
+        for f in product.term.factors
+        if _invariant(f)
+    ]
+    return {f.leaf.var for f in factors}
+
+
+def _is_apart(part: Part) -> bool:
+    return isinstance(part, Linear) and bool(part.apart)
+
+
+def _is_invariant(part: Part) -> bool:
+    return all(_invariant(f) for p in _products(part) for f in p.term.factors)
+
+
+def _invariant(factor: Factor) -> bool:
+    return factor.leaf.kind != "data" and factor.leaf.invariant
