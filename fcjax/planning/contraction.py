@@ -1,8 +1,8 @@
 """In which order to multiply the factors of a term, and what a training step pays for it.
 
 Prices are analytic and in floating-point operations: a product costs its multiply-adds or, if
-larger, the traffic of its operands at ``BYTE`` operations a byte; forward once, and once more for
-every operand that a gradient flows to. Ratios are what counts, so the model has no absolute rate.
+larger, the traffic of its operands at ``BYTE`` operations a byte, and the start of an operation;
+forward once, and once more for every operand that a gradient flows to.
 """
 
 import dataclasses
@@ -28,6 +28,11 @@ __all__ = [
 
 BYTE = 16.0
 """Operations that a device does in the time it moves one byte to or from memory."""
+START = 3e4
+"""Operations that a device does in the time it takes to begin one on arrays. It decides for tiny
+networks only; on a CPU, from those of benchmarks/never_slower.py."""
+VECTOR = 0.25
+"""The part of ``START`` that a product with a vector takes: the compiler fuses it with others."""
 ELEMENTWISE = 4.0
 """Operations that one fused elementwise operation counts as."""
 EXHAUSTIVE = 6
@@ -120,6 +125,8 @@ def pair(a: Operand, b: Operand, keep: frozenset[Label], runs: float = 1) -> tup
         traffic = a.traffic(runs) + b.traffic(runs)
         cost = Cost(time=max(2 * work, traffic) * passes, flops=2 * work * passes)
         cost = cost + written(result)
+    light = min(len(a.labels), len(b.labels)) < 2
+    cost = cost + Cost(time=START * passes * (VECTOR if light else 1.0))
     return result, cost * (1 / runs if once else 1.0)
 
 

@@ -23,6 +23,8 @@ MOMENTS = 3.0
 """Products of the rows with a matrix of their own width that a mean square takes."""
 TRIANGLE = 10.0
 """Products of the weight with itself that a triangular factor of it takes the time of."""
+MANY = 100.0
+"""Operations on arrays that a mean square or a triangular factor begins, each way of a step."""
 MUCH_WIDER = 2.0
 """A product must be this many times wider than its rows for its norms to be taken without it."""
 
@@ -50,7 +52,7 @@ def mean_square(term: Term, expr: Expr, runs: float) -> Option | None:
     rows, columns = operand(first), Operand(inside, True, False, np.dtype(expr.dtype).itemsize)
     width, height = (contraction.size(frozenset(s)) for s in (contracted, first.centred))
     moments = 2.0 * width * width * height * (MOMENTS + rows.trainable)
-    cost = cost + Cost(moments, moments)
+    cost = cost + Cost(moments + MANY * contraction.START, moments)
     _, small = contraction.pair(
         Operand(frozenset((*contracted, Label(int(width) + 1))), True, False, rows.itemsize),
         columns, expr.free, runs,
@@ -129,5 +131,6 @@ def _row_square_cost(rows: Operand, weight: Operand, over: frozenset[Label]) -> 
     squares = 2.0 * width * width * columns
     work = 2.0 * width * contraction.size(rows.labels)
     copies = contraction.written(dataclasses.replace(rows, trainable=False)) * passes
-    small = Cost(time=(TRIANGLE + passes) * squares, flops=(2 + passes) * squares)
+    starts = MANY * contraction.START
+    small = Cost(time=starts + (TRIANGLE + passes) * squares, flops=(2 + passes) * squares)
     return small + Cost(time=work * passes, flops=work * passes) + Cost(time=copies.time)

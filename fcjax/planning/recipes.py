@@ -65,7 +65,13 @@ def _sum(expr: Expr, chosen: Sequence[Option], runs: float, square: Square | Non
     whole = _whole(expr)
     share = 1 / runs if whole.once else 1.0
     additions = contraction.written(whole) * (_additions(parts, expr) * share)
-    return Recipe(expr, parts, cost + additions, square)
+    return Recipe(expr, parts, cost + additions + _gradients_added(expr), square)
+
+
+def _gradients_added(expr: Expr) -> Cost:
+    """Adding up the gradients of what several terms read."""
+    uses = [f.leaf.var for t in expr.terms for f in t.factors if f.leaf.trainable]
+    return Cost(time=contraction.START * (len(uses) - len(set(uses))))
 
 
 def _additions(parts: Sequence[Part], expr: Expr) -> int:
