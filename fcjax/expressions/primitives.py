@@ -17,7 +17,7 @@ from fcjax.expressions import algebra, layout, like_terms, windowed
 from fcjax.expressions.terms import Expr, Unrepresentable
 from fcjax.registry import registering
 
-__all__ = ["RULES", "VIEWS", "register"]
+__all__ = ["RULES", "VIEWS", "has_precision", "precision_of", "register"]
 
 Rule = Callable[[Sequence[Expr], JaxprEqn], Expr | list[Expr]]
 RULES: dict[str, Rule] = {}
@@ -164,15 +164,25 @@ def _dot_general(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     contracting, batch = eqn.params["dimension_numbers"]
     lhs, rhs = operands
     result = algebra.contract(lhs, rhs, contracting, batch)
-    return like_terms.at_least(result, _precision(eqn.params.get("precision")))
+    return like_terms.at_least(result, precision_of(eqn))
 
 
-def _precision(precision: Any) -> lax.Precision | None:
-    if precision is None or isinstance(precision, lax.Precision):
-        return precision
-    if isinstance(precision, tuple) and all(isinstance(p, lax.Precision) for p in precision):
-        return max(precision, key=lambda p: p.value)
-    raise Unrepresentable(f"a product with the algorithm {precision}")
+def has_precision(eqn: JaxprEqn) -> bool:
+    """Whether a product says how precise it is by ``lax.Precision``, not by an algorithm."""
+    asked = eqn.params.get("precision")
+    return asked is None or all(isinstance(p, lax.Precision) for p in _pair_of(asked))
+
+
+def precision_of(eqn: JaxprEqn) -> lax.Precision | None:
+    """The precision that a product asks for, the higher one if it asks for two."""
+    asked = eqn.params.get("precision")
+    if not has_precision(eqn):
+        raise Unrepresentable(f"a product with the algorithm {asked}")
+    return None if asked is None else max(_pair_of(asked), key=lambda p: p.value)
+
+
+def _pair_of(asked: Any) -> tuple[Any, ...]:
+    return asked if isinstance(asked, tuple) else (asked,)
 
 
 # --- windows ------------------------------------------------------------------------------------
@@ -210,7 +220,7 @@ def _convolution(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     made_of = layout.transpose(made_of, (1, 0, 2 + n, *range(2, 2 + n)))
     result = layout.reshape(made_of, (count, out, *places))
     result = layout.transpose(result, [specs[2].index(i) for i in range(2 + n)])
-    return like_terms.at_least(result, _precision(eqn.params.get("precision")))
+    return like_terms.at_least(result, precision_of(eqn))
 
 
 @register("reduce_window_sum")

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from fcjax import compat
 from fcjax.compat import Literal as Number
 from fcjax.expressions import terms
-from fcjax.expressions.primitives import RULES, VIEWS
+from fcjax.expressions.primitives import RULES, VIEWS, has_precision, precision_of
 from fcjax.expressions.terms import Expr, Unrepresentable
 from fcjax.planning.kernels import has_taps
 from fcjax.tracing import trace
 from fcjax.tracing.trace import Atom, Body, Equation, Kind, Value
 
-__all__ = ["Written", "handed_over", "written"]
+__all__ = ["Written", "handed_over", "is_view", "written"]
 
 Kinds = Callable[[Body, Sequence[Kind]], dict[Value, Kind]]
 
@@ -67,11 +67,19 @@ class Written:
         }
 
     @functools.cached_property
+    def computed(self) -> dict[Value, Expr]:
+        """Roots and products of two activations, in the order of the body."""
+        found = self.roots | self.products
+        position = {v: i for i, e in enumerate(self.body.equations) for v in e.outputs}
+        return dict(sorted(found.items(), key=lambda item: position[item[0]]))
+
+    @functools.cached_property
     def entrywise(self) -> frozenset[Value]:
-        """The values whose coordinates mean something: results, and what other boundaries read."""
+        """The values that must exist even if products of activations are computed otherwise."""
         linear = {e for e in self.boundaries if not self.products.keys().isdisjoint(e.outputs)}
         read = {v for e in self.boundaries - linear for v in e.values}
-        return frozenset(read.union(a for a in self.body.outputs if isinstance(a, Value)))
+        read.update(a for a in self.body.outputs if isinstance(a, Value))
+        return self.hard - {v for e in linear for v in e.values} | read
 
     @functools.cached_property
     def has_forced(self) -> bool:
@@ -236,12 +244,13 @@ def _multiplies_activations(equation: Equation, known: dict[Value, Kind]) -> boo
         equation.name == "dot_general"
         and [known[v].of for v in equation.values] == ["data", "data"]
         and len(dtypes) == 1
+        and has_precision(equation.source)
         and not _sharded_by_hand(equation)
     )
 
 
 def _product(equation: Equation, known: dict[Value, Kind]) -> Expr:
-    """A product of two activations as one term; the planner takes none of these."""
+    """A product of two activations as one term."""
     a, b = (terms.of_leaf(known[v].leaf(v)) for v in equation.values)
     contracting, batch = equation.source.params["dimension_numbers"]
     shared = [(*contracting[side], *batch[side]) for side in (0, 1)]
@@ -256,7 +265,7 @@ def _product(equation: Equation, known: dict[Value, Kind]) -> Expr:
     ]
     factors = (*a.terms[0].factors, *b.terms[0].factors)
     dims = (*(a.dims[i] for i in batch[0]), *free)
-    return Expr(dims, (terms.Term(1.0, factors),), a.dtype)
+    return Expr(dims, (terms.Term(1.0, factors),), a.dtype, precision_of(equation.source))
 
 
 def _count_readers(body: Body) -> dict[Value, int]:
@@ -285,7 +294,7 @@ def _listed(made: Expr | list[Expr]) -> list[Expr]:
 
 def _is_cut(value: Value, expr: Expr, readers: dict[Value, int], operands: set[Value]) -> bool:
     """Whether the network as written computes this value and reads it back."""
-    if _is_view(expr):
+    if is_view(expr):
         return False
     if value in operands:
         return expr.has_data or _is_product(expr)
@@ -295,7 +304,7 @@ def _is_cut(value: Value, expr: Expr, readers: dict[Value, int], operands: set[V
     return _is_product(expr) or 2 * math.prod(value.shape) > largest
 
 
-def _is_view(expr: Expr) -> bool:
+def is_view(expr: Expr) -> bool:
     """Whether an expression only looks at one leaf, without arithmetic."""
     (term, *more) = expr.terms or (None,)
     if term is None or more or len(term.factors) != 1 or term.scale != 1.0:

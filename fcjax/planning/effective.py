@@ -48,7 +48,9 @@ def _is_one_pass(term: Term, expr: Expr) -> bool:
     if np.dtype(expr.dtype).itemsize >= 8:
         return False
     rows, _, weights = roles(term, expr)
-    return len(rows) == 2 and any(f.labels - expr.free for f in weights)
+    if len(rows) != 2 or len({f.labels & expr.free for f in rows}) > 1:
+        return False  # two different rows, such as a query and a key
+    return any(f.labels - expr.free for f in weights)
 
 
 def through_one_weight(group: tuple[Term, ...], expr: Expr, runs: float) -> Option:

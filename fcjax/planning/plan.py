@@ -21,7 +21,7 @@ from typing import Literal
 from fcjax.clusters import Clusters
 from fcjax.expressions import algebra
 from fcjax.expressions.terms import Expr, Unrepresentable
-from fcjax.expressions.written import Written
+from fcjax.expressions.written import Written, is_view
 from fcjax.planning.contraction import Cost
 from fcjax.planning.parts import Recipe
 from fcjax.planning.recipes import recipe
@@ -166,7 +166,7 @@ def _planned(
     original: Written | None,
 ) -> Plan:
     """Plans a body whose nested bodies are planned already."""
-    search = _Search(network.roots, network.hard, objective, network.runs)
+    search = _Search(network, objective)
     search.run()
     changes = search.changes()
     taken = {root for change in changes if change.taken for root in change.roots}
@@ -174,13 +174,13 @@ def _planned(
     recipes = {root: search.recipes[root] for root in taken}
     recipes |= {r: search.base[r] for r in network.forced if r not in taken and r not in gone}
     plans = list(itertools.chain.from_iterable(nested.values()))
-    fixed = _boundary_cost(network.boundaries, network.known)
+    fixed = _boundary_cost(network)
     as_given = sum((how.cost for how in search.base.values()), fixed)
     saved = [(c.before, c.after) for c in changes if c.taken]
     after = as_given + sum((b * -1.0 + a for b, a in saved), Cost())
     before = as_given if original is None else _price(original)
     return Plan(
-        network.body, network.known, recipes, nested, tuple(changes), network.roots,
+        network.body, network.known, recipes, nested, tuple(changes), network.computed,
         network.boundaries,
         sum((p.before * p.runs for p in plans), before),
         sum((p.after * p.runs for p in plans), after),
@@ -190,8 +190,8 @@ def _planned(
 
 def _price(network: Written) -> Cost:
     """What a training step of the body itself pays as written."""
-    fixed = _boundary_cost(network.boundaries, network.known)
-    return sum((_priced(expr, network.runs).cost for expr in network.roots.values()), fixed)
+    computed = network.computed.values()
+    return sum((_priced(expr, network.runs).cost for expr in computed), _boundary_cost(network))
 
 
 def _priced(expr: Expr, runs: float) -> Recipe:
@@ -201,16 +201,16 @@ def _priced(expr: Expr, runs: float) -> Recipe:
         return Recipe(expr, (), Cost())
 
 
-def _boundary_cost(boundaries: Iterable[Equation], known: dict[Value, Kind]) -> Cost:
-    """What products that are boundaries pay, such as attention scores; the same in any plan."""
+def _boundary_cost(network: Written) -> Cost:
+    """What products that are boundaries pay; the same in any plan."""
     total = Cost()
-    for equation in boundaries:
+    for equation in network.boundaries:
         (value, *_) = equation.outputs
-        if equation.name == "dot_general" and value is not None:
+        if equation.name == "dot_general" and value is not None and value not in network.products:
             (contracted, _), _ = equation.source.params["dimension_numbers"]
             shape = equation.values[0].shape
             work = 2.0 * math.prod(value.shape) * math.prod(shape[i] for i in contracted)
-            passes = 1 + sum(known[v].trainable for v in equation.values)
+            passes = 1 + sum(network.known[v].trainable for v in equation.values)
             total = total + Cost(work * passes, work * passes)
     return total
 
@@ -226,16 +226,10 @@ class _Search:
       recipes: the recipes now, of the roots that are left.
     """
 
-    def __init__(
-        self,
-        roots: dict[Value, Expr],
-        hard: Set[Value],
-        objective: Objective,
-        runs: float,
-    ) -> None:
-        self.hard = hard
-        self.objective = objective
-        self.runs = runs
+    def __init__(self, network: Written, objective: Objective) -> None:
+        roots, runs = network.computed, network.runs
+        self.hard, self.products = network.entrywise, network.products.keys()
+        self.objective, self.runs = objective, runs
         self.order = {value: i for i, value in enumerate(roots)}
         self.base = {value: _priced(expr, runs) for value, expr in roots.items()}
         self.recipes = dict(self.base)
@@ -265,8 +259,12 @@ class _Search:
 
     def _improve(self, root: Value) -> bool:
         """Takes the first move among the roots that ``root`` reads; jointly before singly."""
-        read = [v for v in self.recipes[root].expr.leaves if v in self.recipes]
-        return any(self._try(move) for move in _moves(read, self.recipes))
+        read = self._read_by(root)
+        through = ((v, *self._read_by(v)) for v in read if v in self.products)
+        return any(map(self._try, itertools.chain(_moves(read, self.recipes), through)))
+
+    def _read_by(self, value: Value) -> list[Value]:
+        return [v for v in self.recipes[value].expr.leaves if v in self.recipes]
 
     def _try(self, move: tuple[Value, ...]) -> bool:
         """Expresses the values of ``move`` through what they are made of, in all their readers."""
@@ -282,12 +280,26 @@ class _Search:
         gone = [v for v in move if v not in self.hard]
         before = sum((self.recipes[v].cost for v in (*affected, *gone)), Cost())
         after = sum((how.cost for how in new.values()), Cost())
-        if not _pays(before, after, self.objective, self.runs, for_sure=False):
+        idle = self._leaves_work({*affected, *move}, before, after) and not all(
+            map(self._is_view, move)
+        )
+        if idle or not _pays(before, after, self.objective, self.runs, for_sure=False):
             roots = tuple(sorted(affected, key=self.order.__getitem__))
             self.declined[move] = Change(roots, move, before, after, taken=False)
             return False
         self._apply(move, gone, new)
         return True
+
+    def _leaves_work(self, values: Set[Value], before: Cost, after: Cost) -> bool:
+        """Whether a product of two activations would be computed otherwise for nothing.
+
+        What is multiplied into its operands must save operations; a scale or a view does not.
+        """
+        saved = after.flops < (1 - MARGIN) * before.flops
+        return not saved and not self.products.isdisjoint(values) and not folds_always()
+
+    def _is_view(self, value: Value) -> bool:
+        return is_view(self.recipes[value].expr)
 
     def _without(self, root: Value, move: Iterable[Value]) -> Recipe:
         expr, square = self.recipes[root].expr, self.recipes[root].square
@@ -329,6 +341,7 @@ class _Search:
         roots = tuple(v for v in left if v in self.changed)
         gone = tuple(v for v in group if v in self.gone)
         pays = _pays(before, after, self.objective, self.runs, for_sure=True)
+        pays = pays and not self._leaves_work(set(group), before, after)
         return Change(roots, gone, before, after, pays)
 
 

@@ -160,8 +160,7 @@ class _Writer:
     def body(self, network: Written, owners: Owners) -> Written:
         """One body in reduced coordinates, with those inside it."""
         new = {value: self._reduced(value, *owners[value]) for value in owners}
-        computed = network.roots | network.products
-        new |= {value: self._computed(value, expr) for value, expr in computed.items()}
+        new |= {value: self._computed(value, expr) for value, expr in network.computed.items()}
         changed = {old: now for old, now in new.items() if now is not old}
         one = _Body(self, owners, changed)
         roots = {new[value]: one.expr(value, expr) for value, expr in network.roots.items()}

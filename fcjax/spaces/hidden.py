@@ -189,7 +189,7 @@ class _Search:
         for value in _read_whole(body):
             if value in owners:
                 self.read_whole.add(owners[value][0])
-        for value, expr in (body.roots | body.products).items():
+        for value, expr in body.computed.items():
             for axis, labels in enumerate(expr.dims):
                 self._note_split(value, axis, labels)
             for factor in itertools.chain.from_iterable(t.factors for t in expr.terms):
@@ -215,7 +215,7 @@ class _Search:
     # --- nodes ---
 
     def _read(self, body: Written, owners: Owners) -> Iterator[_Use]:
-        for value, expr in (body.roots | body.products).items():
+        for value, expr in body.computed.items():
             computed = value not in body.entrywise
             root = {
                 label: self._node(value, axis, piece) if computed else None
