@@ -12,6 +12,7 @@ from fcjax.expressions.written import handed_over
 from fcjax.names import short_names
 from fcjax.planning.plan import Change, Plan
 from fcjax.render import lines
+from fcjax.rules.flow_matrices import MatrixFold
 from fcjax.rules.reduction import Reduction
 from fcjax.tracing.trace import Value
 
@@ -34,6 +35,19 @@ class Row:
         ``"train"`` if it is left as it is.
       exactness: for which optimizers the result equals backpropagation's.
       reason: one sentence.
+      segment: the paths of the leaves that are multiplied into one effective weight, kernel, bias
+        or table together with this leaf, itself included, in alphabetical order. A leaf that
+        stands in several, such as the gain of a norm that three layers read, has the leaves of
+        all. Empty for a leaf that is left as it is or that a subtracted mean removes.
+
+    Example:
+      >>> import jax.numpy as jnp, fcjax
+      >>> params = {"up": jnp.ones((4, 64)), "down": jnp.ones((64, 2)), "out": jnp.ones((2, 2))}
+      >>> def apply_fn(params, x):
+      ...     return jnp.tanh(x @ params["up"] @ params["down"]) @ params["out"]
+      >>> fc = fcjax.front_contribute(apply_fn, params, jnp.ones((1024, 4)))
+      >>> {row.path: row.segment for row in fc.report}
+      {'down': ('down', 'up'), 'out': (), 'up': ('down', 'up')}
     """
 
     path: str
@@ -42,12 +56,17 @@ class Row:
     rule: str
     exactness: str
     reason: str
+    segment: tuple[str, ...] = ()
 
 
 def rows(plan: Plan, reduction: Reduction) -> tuple[Row, ...]:
     """One row for each leaf."""
     paths = reduction.tree.paths
-    found = _Findings(plan, dict(zip(plan.body.inputs, paths, strict=False)))
+    origins = {value: {path} for value, path in zip(plan.body.inputs, paths, strict=False)}
+    for fold in reduction.flows:
+        if isinstance(fold, MatrixFold):  # their product stands in the survivor's place
+            origins[plan.body.inputs[fold.survivor]] = {paths[leaf] for leaf in fold.leaves}
+    found = _Findings(plan, origins, short_names(paths))
     return tuple(
         _row(leaf, value, found, reduction)
         for leaf, value in zip(range(len(paths)), plan.body.inputs, strict=False)
@@ -70,21 +89,21 @@ def _row(leaf: int, value: Value, found: "_Findings", reduction: Reduction) -> R
     )  # fmt: skip
     if rule in ("fold", "radial") or (rule == "compress" and not collapses):
         reasons = reasons[:1]
-    return Row(path, shape, reduced, rule, exactness, "; ".join(reasons))
+    return Row(path, shape, reduced, rule, exactness, "; ".join(reasons), found.segment(path))
 
 
 class _Findings:
     """What happened to each leaf, gathered over a plan and the plans of its nested bodies."""
 
-    def __init__(self, plan: Plan, names: Mapping[Value, str]) -> None:
-        self.short = short_names(list(names.values()))
+    def __init__(self, plan: Plan, origins: Origins, short: Mapping[str, str]) -> None:
+        self.short = short
         self.collapsed: dict[str, set[str]] = {}
         self.declined: dict[str, tuple[float, set[str]]] = {}
         self.linear: set[str] = set()
         self.cancelled: set[str] = set()
         self.hoisted: dict[str, str] = {}
         self.readers: dict[str, set[str]] = {}
-        for inner, own in walk(plan, {v: {path} for v, path in names.items()}):
+        for inner, own in walk(plan, origins):
             self._gather(inner, own)
 
     def _gather(self, plan: Plan, names: Origins) -> None:
@@ -152,6 +171,13 @@ class _Findings:
         if path in self.linear:
             return "linear between two non-linear operations, with nothing to merge it with"
         return f"read by {', '.join(sorted(self.readers[path]))}, which is not linear in it"
+
+    def segment(self, path: str) -> tuple[str, ...]:
+        """The leaves of the effective weights and tables that the leaf is part of."""
+        group = set(self.collapsed.get(path, ()))
+        if path in self.hoisted:
+            group |= {p for p, table in self.hoisted.items() if table == self.hoisted[path]}
+        return tuple(sorted(group | {path})) if group or path in self.collapsed else ()
 
     def _listed(self, group: set[str]) -> str:
         names = sorted(self.short.get(path, path) for path in group)
