@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
-import zoo_tokens  # noqa: F401 (adds to the zoo)
+import zoo_time  # noqa: F401 (adds to the zoo)
 from training import (
     OPTIMIZERS,
     backprop,
