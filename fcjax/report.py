@@ -35,10 +35,11 @@ class Row:
         ``"train"`` if it is left as it is.
       exactness: for which optimizers the result equals backpropagation's.
       reason: one sentence.
-      segment: the paths of the leaves that are multiplied into one effective weight, kernel, bias
-        or table together with this leaf, itself included, in alphabetical order. A leaf that
-        stands in several, such as the gain of a norm that three layers read, has the leaves of
-        all. Empty for a leaf that is left as it is or that a subtracted mean removes.
+      segment: the paths of the leaves that make up one effective weight (or kernel, or table) with
+        this leaf, itself included, in alphabetical order: multiplied with it, or added beside it
+        in the same linear segment. A leaf that stands in several segments, such as the gain of a
+        norm that three layers read, has the leaves of all. Empty for a leaf that is left as it is
+        or that a subtracted mean removes.
 
     Example:
       >>> import jax.numpy as jnp, fcjax
@@ -99,10 +100,12 @@ class _Findings:
         self.short = short
         self.collapsed: dict[str, set[str]] = {}
         self.declined: dict[str, tuple[float, set[str]]] = {}
+        self.written: dict[str, set[str]] = {}
         self.linear: set[str] = set()
         self.cancelled: set[str] = set()
         self.hoisted: dict[str, str] = {}
-        self.readers: dict[str, set[str]] = {}
+        self.read: set[str] = set()
+        self.boundaries: dict[str, set[str]] = {}
         for inner, own in walk(plan, origins):
             self._gather(inner, own)
 
@@ -118,12 +121,16 @@ class _Findings:
                 for value in (*change.roots, *change.gone):
                     self.cancelled |= _paths(plan.bases[value], names)
         self._hoist(plan, names)
+        computed = {v for equation in plan.body.equations for v in equation.outputs}
+        given = {v: paths for v, paths in names.items() if v not in computed}
         for expr in plan.bases.values():
-            self.linear |= _paths(expr, names)
+            if expr.has_data:
+                self.linear |= _paths(expr, given)
         for equation in plan.body.equations:
-            for value in equation.values:
-                for path in names.get(value, ()):
-                    self.readers.setdefault(path, set()).add(equation.name)
+            read = set().union(*(names.get(v, set()) for v in equation.values))
+            self.read |= read
+            for path in read if equation in plan.boundaries else ():
+                self.boundaries.setdefault(path, set()).add(equation.name)
 
     def _hoist(self, plan: Plan, names: Origins) -> None:
         """What is computed for the rows of a table instead of for tokens."""
@@ -145,6 +152,9 @@ class _Findings:
         ratio = change.after.time / max(change.before.time, 1.0)
         touched = [plan.bases[v] for v in (*change.roots, *change.gone) if v in plan.bases]
         group = set().union(*(_paths(expr, names) for expr in touched))
+        if all(plan.known[v].of == "param" for v in change.gone):  # a product of weights, formed
+            self.written.update({path: group - {path} for path in group})  # as written
+            return
         for path in group:
             best = self.declined.get(path)
             if best is None or ratio < best[0]:
@@ -156,11 +166,14 @@ class _Findings:
             return f"part of one effective table: {self.hoisted[path]}"
         if path in self.collapsed:
             partners = self._listed(self.collapsed[path])
-            return f"part of one effective weight{f' with {partners}' if partners else ''}"
+            return f"part of one {f'segment with {partners}' if partners else 'effective weight'}"
         if path in self.cancelled:
             return "removed by the mean that is subtracted behind it: its true gradient is zero"
-        if path not in self.readers:
+        if path not in self.read:
             return "unused: the output does not depend on it"
+        if path in self.written and path not in self.declined:
+            named = self._listed(self.written[path])
+            return f"multiplied with {named} by the network itself, before it meets the data"
         if path in self.declined:
             ratio, others = self.declined[path]
             named = self._listed(others)
@@ -168,9 +181,10 @@ class _Findings:
                 f"could be multiplied{f' with {named}' if named else ''}, but the step would cost "
                 f"{ratio:.2f} times the layers as written at these shapes"
             )
-        if path in self.linear:
-            return "linear between two non-linear operations, with nothing to merge it with"
-        return f"read by {', '.join(sorted(self.readers[path]))}, which is not linear in it"
+        if path in self.boundaries and path not in self.linear:
+            readers = ", ".join(sorted(self.boundaries[path]))
+            return f"read by {readers}, which no linear segment crosses"
+        return "linear between two non-linear operations, with nothing to merge it with"
 
     def segment(self, path: str) -> tuple[str, ...]:
         """The leaves of the effective weights and tables that the leaf is part of."""

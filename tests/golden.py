@@ -1,12 +1,11 @@
 """What the analysis must find in every network of the zoo: hand-annotated, to be read beside it.
 
-An annotation holds at a useful size: `zoo` with 64 times the rows, `zoo_conv` with 32 channels on
-64 images of 32 x 32, `zoo_blocks` at width 64 with 64 times the rows. It follows from the network,
-from what is exact (the table in the README) and from three rules about prices: a product of two
-layers pays if it has fewer entries than the layers, what a norm does to every token pays if it
-moves into weights, and BatchNorm's moments pay behind a map that does not contract.
-
-A name stands for the leaf or for all leaves of the layer; "*" for all leaves of the network.
+An annotation holds at a useful size: `zoo` with 1024 times the rows; `zoo_conv` with 32 channels on
+64 images of 32 x 32; `zoo_blocks` at width 256 with 1024 times the rows. It follows from what is
+exact (the table in the README) and from the prices of time: a product of layers pays if it meets
+the data with fewer multiplications or fewer arrays; a gain that moves into weights saves an array,
+but behind a norm its rows' scale then stands on what these weights give, which must not be much
+wider than the norm; the moments of BatchNorm pay in front of a map that does not contract.
 """
 
 from __future__ import annotations
@@ -24,21 +23,25 @@ class Golden:
     segments: what is multiplied into one effective weight (or table) together, each a list of
         names separated by blanks. A leaf may stand in several.
     left: for what is left as it is, part of the reason that the report must give.
-    removed: what a subtracted mean removes.
+    removed: what a subtracted mean removes, names separated by blanks.
     reduced: the shapes in which leaves are trained with SGD, where these are not their own; None
         if they are not trained.
+    sizes: the builder's arguments, if not those of all networks beside it.
     """
 
     segments: tuple[str, ...] = ()
     left: dict[str, str] = field(default_factory=dict)
-    removed: tuple[str, ...] = ()
+    removed: str = ""
     reduced: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+    sizes: tuple[int, ...] | None = None
 
 
-def golden(*segments: str, alone: str = "", left=None, removed: str = "", reduced=None) -> Golden:
-    """An annotation; what is `alone` is linear, with nothing to merge it with."""
-    left = {**dict.fromkeys(alone.split(), ALONE), **(left or {})}
-    return Golden(segments, left, tuple(removed.split()), reduced or {})
+def golden(
+    *segments: str, alone="", dearer="", left=None, removed="", reduced=None, sizes=None
+) -> Golden:
+    """An annotation: what is `alone` has nothing to merge with, what is `dearer` does not pay."""
+    reasons = dict.fromkeys(alone.split(), ALONE) | dict.fromkeys(dearer.split(), DEARER)
+    return Golden(segments, reasons | (left or {}), removed, reduced or {}, sizes)
 
 
 def pair(up, down, inputs, hidden, outputs):
@@ -59,10 +62,11 @@ ZOO = {
     "linear_depth_4_biases": golden("*"),
     "linear_depth_12": golden("*"),
     "bottleneck_then_wide": golden(
-        "0 1", "2 3", reduced=pair("0", "1", 6, 6 + 2, 2) | pair("2", "3", 2, 2 + 6, 6)
+        "*", reduced=pair("0", "1", 6, 6 + 2, 2) | pair("2", "3", 2, 2 + 6, 6)
     ),
-    "residual_linear": golden(
-        "*",
+    "residual_linear": golden(  # the third block would make 22 terms of 10, and 18 is the limit
+        "Dense_0 Dense_1 Dense_2 Dense_3",
+        "Dense_4 Dense_5 Dense_6",
         reduced=dense_pair("Dense_1", "Dense_0", 4, 4 + 4 + 1, 4)
         | dense_pair("Dense_3", "Dense_2", 4, 4 + 4 + 1, 4)
         | dense_pair("Dense_5", "Dense_4", 4, 4 + 4 + 1, 4),
@@ -77,12 +81,12 @@ ZOO = {
     ),
     "scales": golden("*", reduced=pair("w/0", "w/1", 4, 4 + 4, 4)),
     # layouts
-    "dense_general": golden("*"),
+    "dense_general": golden("*"),  # heads and their entries reach 4 and 8 directions each: all
     "einsum_layouts": golden("*"),
     "reshapes_and_transposes": golden("*", reduced={"a": (4, 4 + 5 * 2), "c": (5 * 14, 2)}),
     "mean_pooling": golden("*", reduced=pair("0", "1", 4, 4 + 3, 3)),
     "concatenate_before_dense": golden("a c d", alone="b"),
-    "slices_after_dense": golden("a b c", alone="d"),
+    "slices_after_dense": golden("a b c d"),  # x (a b + a c) + tanh(x a) d, one sum
     "embedding_then_linear": golden("*", reduced=pair("up", "down", 4, 4 + 3, 3)),
     # parameters
     "lora_stop_gradient": golden("*"),
@@ -107,7 +111,9 @@ ZOO = {
     # normalisations
     "layer_norm_then_dense": golden("LayerNorm_0 Dense_1", alone="Dense_0"),
     "rms_norm_then_dense": golden("RMSNorm_0 Dense_1", alone="Dense_0"),
-    "group_norm_then_dense": golden("GroupNorm_0 Dense_1", alone="Dense_0"),
+    "group_norm_then_dense": golden(  # each group of channels has its scale: it cannot be deferred
+        alone="GroupNorm_0 Dense_0", dearer="Dense_1"
+    ),
     "layer_norm_then_chain": golden("*"),
     "dense_norm_dense": golden(
         "layers_0 layers_1",
@@ -122,14 +128,14 @@ ZOO = {
         "LayerNorm_1 Dense_2",
         "scale_1 Dense_3",
         "LayerNorm_2 Dense_4",
-    ),  # fmt: skip
+    ),
     "pre_norm_stack_with_its_stream": golden(
         "LayerNorm_0 Dense_0",
         "scale_0 Dense_1",
         "LayerNorm_1 Dense_2",
         "scale_1 Dense_3",
         "LayerNorm_2 Dense_4",
-    ),  # fmt: skip
+    ),
     "batch_norm_training": golden("Dense_0 BatchNorm_0", alone="Dense_1"),
     "batch_norm_training_after_bias": golden(
         "Dense_0/kernel BatchNorm_0", alone="Dense_1", removed="Dense_0/bias"
@@ -139,7 +145,9 @@ ZOO = {
         alone="Dense_3",
         reduced=pair("Dense_1/kernel", "Dense_0/kernel", 4, 4 + 4, 4),
     ),
-    "batch_norm_inference": golden("*"),
+    "batch_norm_inference": golden(  # statistics that are arguments are data, and scale data
+        "BatchNorm_0/bias Dense_1", alone="BatchNorm_0/scale Dense_0"
+    ),
     # attention
     "attention": golden(alone="*"),
     "transformer_block": golden(
@@ -149,6 +157,7 @@ ZOO = {
         "LayerNorm_1 Dense_1",
         "LayerNorm_2 Dense_2",
         alone="MultiHeadDotProductAttention_0/out Dense_0",
+        sizes=(256,),
     ),
     "gpt": golden(
         "LayerNorm_0 MultiHeadDotProductAttention_0/query",
@@ -156,15 +165,14 @@ ZOO = {
         "LayerNorm_0 MultiHeadDotProductAttention_0/value",
         "LayerNorm_1 Dense_1",
         "LayerNorm_2 Embed_0",
-        alone="MultiHeadDotProductAttention_0/out Dense_0 positions",
+        alone="Dense_0",
+        dearer="MultiHeadDotProductAttention_0/out positions",
+        sizes=(256, 1024),
     ),
     # program structure
     "nested_jit": golden("*"),
-    "vmap_inside": golden(
-        "row",
-        "ensemble",
-        reduced=pair("row/0", "row/1", 4, 4 + 4, 4)
-        | {"ensemble/0": (3, 4, 4 + 2), "ensemble/1": (3, 4 + 2, 2)},
+    "vmap_inside": golden(  # one basis for all members would need 3 * (4 + 2) of 16 directions
+        "row", "ensemble", reduced=pair("row/0", "row/1", 4, 4 + 4, 4)
     ),
     "checkpoint": golden(
         "0 1", "2 3", reduced=pair("0", "1", 4, 4 + 4, 4) | pair("2", "3", 4, 4 + 3, 3)
@@ -263,7 +271,7 @@ CONVOLUTIONS = {
     "mobile_one": golden("Conv_0 Conv_1 Conv_2", "Conv_3 Conv_4"),
     "expand_net": golden("Conv_0 Conv_1 Conv_2", "Conv_3 Conv_4 Conv_5"),
     "expand_net_valid": golden("*"),
-    "do_conv": golden(alone="*"),
+    "do_conv": golden(left={"*": "by the network itself"}),
     "pooled": golden(
         "Conv_0",
         "Conv_1 Dense_0",
@@ -274,19 +282,26 @@ CONVOLUTIONS = {
         "Conv_2 BatchNorm_2 Conv_3 BatchNorm_3",
         alone="Conv_1 BatchNorm_1",
     ),
-    "res_net_bottleneck_inference": golden(
-        "Conv_0 BatchNorm_0", "Conv_1 BatchNorm_1", "Conv_2 BatchNorm_2 Conv_3 BatchNorm_3"
+    "res_net_bottleneck_inference": golden(  # two products would stand beside one sum
+        "Conv_0 BatchNorm_0",
+        "Conv_1 BatchNorm_1",
+        "Conv_2 BatchNorm_2 BatchNorm_3",
+        dearer="Conv_3",
     ),
     "inverted_bottleneck": golden(
         "Conv_0 BatchNorm_0",
         alone="Conv_1 BatchNorm_1",
-        left={"Conv_2": DEARER, "BatchNorm_2": DEARER},
+        dearer="Conv_2 BatchNorm_2",
     ),
     "inverted_bottleneck_inference": golden(
         "Conv_0 BatchNorm_0", "Conv_1 BatchNorm_1", "Conv_2 BatchNorm_2"
     ),
-    "conv_next": golden("LayerNorm_0 Dense_1", "Dense_0 gamma", alone="Conv_0"),
-    "u_net": golden("ConvTranspose_0 Conv_2", alone="Conv_0 Conv_1 Conv_3"),
+    "conv_next": golden(  # Dense_1 is four times as wide as the norm
+        "Dense_0 gamma", alone="Conv_0", dearer="LayerNorm_0 Dense_1"
+    ),
+    "u_net": golden(  # Conv_3 pads what the others give; apart from them it would be two kernels
+        "ConvTranspose_0 Conv_2", alone="Conv_0 Conv_1", dearer="Conv_3"
+    ),
     "tied_autoencoder": golden("kernel"),
     "nnx_rep": golden("point norms", "up space down", alone="wide"),
 }
@@ -298,21 +313,28 @@ BLOCKS = {
         "Block_0/norm_1 Block_0/v",
         "Block_0/norm_2 Block_0/up",
         "LayerNorm_0 Embed_0",
-        alone="positions Block_0/o Block_0/down",
-    ),  # fmt: skip
+        alone="Block_0/down",
+        dearer="positions Block_0/o",
+    ),
+    # the gain of norm_1 would need the product of tokens that a frozen kernel's gradient does not
     "gpt_block_with_adapters": golden(
-        "Block_0/norm_1 Block_0/q",
-        "Block_0/norm_1 Block_0/k",
-        "Block_0/norm_1 Block_0/v",
+        "Block_0/q",
+        "Block_0/k",
+        "Block_0/v",
         "Block_0/o",
         "Block_0/norm_2 Block_0/up",
         "LayerNorm_0 Embed_0",
-        alone="positions Block_0/down",
-    ),  # fmt: skip
+        alone="Block_0/down",
+        dearer="positions Block_0/norm_1",
+    ),
     "factorised_encoder": golden(
         "Embed_0 Dense_0 LayerNorm_0 Block_0/norm_1 Block_0/q Block_0/k Block_0/v",
+        "Block_0/norm_1 Block_0/q",
+        "Block_0/norm_1 Block_0/k",
+        "Block_0/norm_1 Block_0/v",
         "Block_0/norm_2 Block_0/up",
-        alone="Block_0/o Block_0/down Dense_1",
+        "Block_0/down Dense_1",
+        alone="Block_0/o",
     ),
     "vision_transformer": golden(
         "Block_0/norm_1 Block_0/q",
@@ -320,10 +342,16 @@ BLOCKS = {
         "Block_0/norm_1 Block_0/v",
         "Block_0/norm_2 Block_0/up",
         "norm head",
-        alone="patch class_token positions Block_0/o Block_0/down",
-    ),  # fmt: skip
+        alone="patch Block_0/down",
+        dearer="positions Block_0/o",
+        left={"class_token": "read by concatenate"},  # beside patches on two merged axes of space
+    ),
     "nnx_transformer_block": golden("norm_1 qkv", "norm_2 up", alone="out down"),
-    "mlp_mixer": golden("norm_2 up_2", "norm head", alone="patch norm_1 up_1 down_1 down_2"),
+    # patch gives far more channels than it reads, so norm_1 and the stream are formed from patches;
+    # a mean over tokens, each of which norm scales, is no linear map of what norm reads
+    "mlp_mixer": golden(
+        "patch norm_1", "patch down_1", "norm_2 up_2", alone="down_2 norm head", dearer="up_1"
+    ),
     "scanned_feed_forward": golden("stack/norm stack/up", alone="stack/down head"),
     "nnx_scan_over_blocks": golden(
         "blocks",
@@ -333,13 +361,15 @@ BLOCKS = {
             "blocks/up/bias": (3, 129),
             "blocks/down/kernel": (3, 129, 64),
         },
+        sizes=(64,),
     ),
-    "mixture_of_experts": golden(
-        "up down",
-        alone="gate head",
-        reduced={"up/kernel": (3, 64, 129), "up/bias": (3, 129), "down": (3, 129, 64)},
+    "mixture_of_experts": golden(  # the experts' own bases, of 64 + 64 + 1, are not looked for
+        "up down", alone="head", dearer="gate", sizes=(64,)
     ),
     "batch_norm_over_a_mapped_axis": golden(
-        "up mid", alone="gain shift down", reduced=pair("up", "mid", 64, 64 + 65, 65)
+        "up mid",
+        alone="gain shift down",
+        reduced=pair("up", "mid", 64, 64 + 65, 65),
+        sizes=(64,),
     ),
 }

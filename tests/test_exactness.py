@@ -136,13 +136,6 @@ def test_value_and_gradients_are_those_of_backprop(name):
             assert relative_deviation(actual_part, expected_part, floor=1e-3) <= 1e-11, planner
 
 
-@pytest.mark.parametrize("name", zoo.decided_names())
-def test_the_report_says_whether_anything_collapses(name):
-    network = zoo.build(name)
-    rules = {row.rule for row in folded(network).report}
-    assert ("collapse" in rules) == network.collapses
-
-
 @each_network
 def test_float32_gradients_are_within_1e_4_of_float64_backprop(name):
     outputs, _, gradients = one_step_of_backprop(name)

@@ -702,37 +702,40 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        mask = nn.make_causal_mask(x[..., 0])
+        width, mask = x.shape[-1], nn.make_causal_mask(x[..., 0])
         x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x), mask=mask)
-        x = x + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(x))))
+        x = x + nn.Dense(width)(nn.gelu(nn.Dense(2 * width)(nn.LayerNorm()(x))))
         return nn.Dense(3)(nn.LayerNorm()(x))
 
 
 @network
-def transformer_block():
+def transformer_block(width=8):
     """A pre-norm transformer block."""
-    batch = sequences(8, 3, batch_size=4)
+    batch = sequences(width, 3, batch_size=4)
     return *linen(Transformer(), batch), batch
 
 
 class Gpt(nn.Module):
     """Token and position embeddings, a causal pre-norm block, a head tied to the embedding."""
 
+    width: int
+    vocabulary: int
+
     @nn.compact
     def __call__(self, ids):
-        embed = nn.Embed(11, 8)
-        x = embed(ids) + self.param("positions", nn.initializers.normal(), (ids.shape[1], 8))
+        embed, shape = nn.Embed(self.vocabulary, self.width), (ids.shape[1], self.width)
+        x = embed(ids) + self.param("positions", nn.initializers.normal(), shape)
         attend = nn.MultiHeadDotProductAttention(num_heads=2)
         x = x + attend(nn.LayerNorm()(x), mask=nn.make_causal_mask(ids))
-        x = x + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(x))))
+        x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(2 * self.width)(nn.LayerNorm()(x))))
         return embed.attend(nn.LayerNorm()(x))
 
 
 @network
-def gpt():
+def gpt(width=8, vocabulary=11):
     """A GPT of one block, its head tied to its embedding."""
-    batch = tokens_of(11, 11, batch_size=4)
-    return *linen(Gpt(), batch), batch
+    batch = tokens_of(vocabulary, vocabulary, batch_size=4)
+    return *linen(Gpt(width, vocabulary), batch), batch
 
 
 # --- program structure --------------------
