@@ -64,7 +64,7 @@ def build(name: str) -> Segments:
     apply_fn, params, batch, *more = builder()
     loss, data = (*more, *[squared_error, None][len(more) :])
     params = zoo.cast(params, jnp.float64)
-    return Segments(name, apply_fn, params, batch, loss, None, count, rho, data)
+    return Segments(name, apply_fn, params, batch, loss, count, rho, data)
 
 
 def size(params) -> int:
