@@ -20,8 +20,8 @@ DEARER = "the step would cost"
 class Golden:
     """The right answer for one network.
 
-    segments: what is multiplied into one effective weight (or table) together, each a list of
-        names separated by blanks. A leaf may stand in several.
+    segments: what makes up one effective weight (or kernel, or table) together, multiplied or
+        added in one linear segment: names separated by blanks. A leaf may stand in several.
     left: for what is left as it is, part of the reason that the report must give.
     removed: what a subtracted mean removes, names separated by blanks.
     reduced: the shapes in which leaves are trained with SGD, where these are not their own; None
@@ -61,7 +61,7 @@ ZOO = {
     "linear_depth_2": golden("0 1", reduced=pair("0", "1", 6, 6 + 3, 3)),
     "linear_depth_4_biases": golden("*"),
     "linear_depth_12": golden("*"),
-    "bottleneck_then_wide": golden(
+    "bottleneck_then_wide": golden(  # one segment, whether the waist of 2 is formed or not
         "*", reduced=pair("0", "1", 6, 6 + 2, 2) | pair("2", "3", 2, 2 + 6, 6)
     ),
     "residual_linear": golden(  # the third block would make 22 terms of 10, and 18 is the limit

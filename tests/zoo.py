@@ -224,7 +224,7 @@ def linear_depth_12():
 
 @network
 def bottleneck_then_wide():
-    """A wide pair after a narrow waist that no collapse may widen."""
+    """A wide pair before a narrow waist, and one behind it."""
     params = weights((6, WIDE), (WIDE, 2), (2, WIDE), (WIDE, 6))
     return lambda params, x: functools.reduce(jnp.matmul, params, x), params, rows(6, 6)
 
