@@ -12,6 +12,7 @@ from fcjax.expressions.written import handed_over
 from fcjax.names import short_names
 from fcjax.planning.plan import Change, Plan
 from fcjax.render import lines
+from fcjax.rules.flow_matrices import MatrixFold
 from fcjax.rules.reduction import Reduction
 from fcjax.tracing.trace import Value
 
@@ -34,6 +35,20 @@ class Row:
         ``"train"`` if it is left as it is.
       exactness: for which optimizers the result equals backpropagation's.
       reason: one sentence.
+      segment: the paths of the leaves that make up one effective weight (or kernel, or table) with
+        this leaf, itself included, in alphabetical order: multiplied with it, or added beside it
+        in the same linear segment. A leaf that stands in several segments, such as the gain of a
+        norm that three layers read, has the leaves of all. Empty for a leaf that is left as it is
+        or that a subtracted mean removes.
+
+    Example:
+      >>> import jax.numpy as jnp, fcjax
+      >>> params = {"up": jnp.ones((4, 64)), "down": jnp.ones((64, 2)), "out": jnp.ones((2, 2))}
+      >>> def apply_fn(params, x):
+      ...     return jnp.tanh(x @ params["up"] @ params["down"]) @ params["out"]
+      >>> fc = fcjax.front_contribute(apply_fn, params, jnp.ones((1024, 4)))
+      >>> {row.path: row.segment for row in fc.report}
+      {'down': ('down', 'up'), 'out': (), 'up': ('down', 'up')}
     """
 
     path: str
@@ -42,12 +57,17 @@ class Row:
     rule: str
     exactness: str
     reason: str
+    segment: tuple[str, ...] = ()
 
 
 def rows(plan: Plan, reduction: Reduction) -> tuple[Row, ...]:
     """One row for each leaf."""
     paths = reduction.tree.paths
-    found = _Findings(plan, dict(zip(plan.body.inputs, paths, strict=False)))
+    origins = {value: {path} for value, path in zip(plan.body.inputs, paths, strict=False)}
+    for fold in reduction.flows:
+        if isinstance(fold, MatrixFold):  # their product stands in the survivor's place
+            origins[plan.body.inputs[fold.survivor]] = {paths[leaf] for leaf in fold.leaves}
+    found = _Findings(plan, origins, short_names(paths))
     return tuple(
         _row(leaf, value, found, reduction)
         for leaf, value in zip(range(len(paths)), plan.body.inputs, strict=False)
@@ -70,21 +90,23 @@ def _row(leaf: int, value: Value, found: "_Findings", reduction: Reduction) -> R
     )  # fmt: skip
     if rule in ("fold", "radial") or (rule == "compress" and not collapses):
         reasons = reasons[:1]
-    return Row(path, shape, reduced, rule, exactness, "; ".join(reasons))
+    return Row(path, shape, reduced, rule, exactness, "; ".join(reasons), found.segment(path))
 
 
 class _Findings:
     """What happened to each leaf, gathered over a plan and the plans of its nested bodies."""
 
-    def __init__(self, plan: Plan, names: Mapping[Value, str]) -> None:
-        self.short = short_names(list(names.values()))
+    def __init__(self, plan: Plan, origins: Origins, short: Mapping[str, str]) -> None:
+        self.short = short
         self.collapsed: dict[str, set[str]] = {}
         self.declined: dict[str, tuple[float, set[str]]] = {}
+        self.written: dict[str, set[str]] = {}
         self.linear: set[str] = set()
         self.cancelled: set[str] = set()
         self.hoisted: dict[str, str] = {}
-        self.readers: dict[str, set[str]] = {}
-        for inner, own in walk(plan, {v: {path} for v, path in names.items()}):
+        self.read: set[str] = set()
+        self.boundaries: dict[str, set[str]] = {}
+        for inner, own in walk(plan, origins):
             self._gather(inner, own)
 
     def _gather(self, plan: Plan, names: Origins) -> None:
@@ -99,12 +121,16 @@ class _Findings:
                 for value in (*change.roots, *change.gone):
                     self.cancelled |= _paths(plan.bases[value], names)
         self._hoist(plan, names)
+        computed = {v for equation in plan.body.equations for v in equation.outputs}
+        given = {v: paths for v, paths in names.items() if v not in computed}
         for expr in plan.bases.values():
-            self.linear |= _paths(expr, names)
+            if expr.has_data:
+                self.linear |= _paths(expr, given)
         for equation in plan.body.equations:
-            for value in equation.values:
-                for path in names.get(value, ()):
-                    self.readers.setdefault(path, set()).add(equation.name)
+            read = set().union(*(names.get(v, set()) for v in equation.values))
+            self.read |= read
+            for path in read if equation in plan.boundaries else ():
+                self.boundaries.setdefault(path, set()).add(equation.name)
 
     def _hoist(self, plan: Plan, names: Origins) -> None:
         """What is computed for the rows of a table instead of for tokens."""
@@ -126,6 +152,9 @@ class _Findings:
         ratio = change.after.time / max(change.before.time, 1.0)
         touched = [plan.bases[v] for v in (*change.roots, *change.gone) if v in plan.bases]
         group = set().union(*(_paths(expr, names) for expr in touched))
+        if all(plan.known[v].of == "param" for v in change.gone):  # a product of weights, formed
+            self.written.update({path: group - {path} for path in group})  # as written
+            return
         for path in group:
             best = self.declined.get(path)
             if best is None or ratio < best[0]:
@@ -137,11 +166,14 @@ class _Findings:
             return f"part of one effective table: {self.hoisted[path]}"
         if path in self.collapsed:
             partners = self._listed(self.collapsed[path])
-            return f"part of one effective weight{f' with {partners}' if partners else ''}"
+            return f"part of one {f'segment with {partners}' if partners else 'effective weight'}"
         if path in self.cancelled:
             return "removed by the mean that is subtracted behind it: its true gradient is zero"
-        if path not in self.readers:
+        if path not in self.read:
             return "unused: the output does not depend on it"
+        if path in self.written and path not in self.declined:
+            named = self._listed(self.written[path])
+            return f"multiplied with {named} by the network itself, before it meets the data"
         if path in self.declined:
             ratio, others = self.declined[path]
             named = self._listed(others)
@@ -149,9 +181,17 @@ class _Findings:
                 f"could be multiplied{f' with {named}' if named else ''}, but the step would cost "
                 f"{ratio:.2f} times the layers as written at these shapes"
             )
-        if path in self.linear:
-            return "linear between two non-linear operations, with nothing to merge it with"
-        return f"read by {', '.join(sorted(self.readers[path]))}, which is not linear in it"
+        if path in self.boundaries and path not in self.linear:
+            readers = ", ".join(sorted(self.boundaries[path]))
+            return f"read by {readers}, which no linear segment crosses"
+        return "linear between two non-linear operations, with nothing to merge it with"
+
+    def segment(self, path: str) -> tuple[str, ...]:
+        """The leaves of the effective weights and tables that the leaf is part of."""
+        group = set(self.collapsed.get(path, ()))
+        if path in self.hoisted:
+            group |= {p for p, table in self.hoisted.items() if table == self.hoisted[path]}
+        return tuple(sorted(group | {path})) if group or path in self.collapsed else ()
 
     def _listed(self, group: set[str]) -> str:
         names = sorted(self.short.get(path, path) for path in group)

@@ -64,7 +64,7 @@ def build(name: str) -> Segments:
     apply_fn, params, batch, *more = builder()
     loss, data = (*more, *[squared_error, None][len(more) :])
     params = zoo.cast(params, jnp.float64)
-    return Segments(name, apply_fn, params, batch, loss, None, count, rho, data)
+    return Segments(name, apply_fn, params, batch, loss, count, rho, data)
 
 
 def size(params) -> int:
@@ -252,7 +252,7 @@ def attention():
     """Query meets key and value meets output, per head, in spaces of 40."""
     batch = sequences(4, 3, batch_size=4, length=5)
     apply_fn, params = zoo.linen(Attention(), batch)
-    return apply_fn, zoo._off_initial(params), batch
+    return apply_fn, zoo.off_initial(params), batch
 
 
 @segments(2 * (2 * 4 * 20 + 2 * 20) + (2 * 4 * 18 + 2 * 18) + 2 * 18 * 4 + 4 + 4 * 3 + 3)
@@ -474,7 +474,7 @@ def images(channels, size=6, n_out=3, batch_size=8):
 
     def batch(rng):
         x = rng.standard_normal((batch_size, size, size, channels))
-        return (x,), zoo._teach(x.mean(axis=(1, 2)), n_out)
+        return (x,), zoo.teach(x.mean(axis=(1, 2)), n_out)
 
     return batch
 
@@ -494,7 +494,7 @@ def convolutions():
     """Channels as hidden spaces, taps as directions; a dense pair behind a reshape."""
     batch = images(2)
     apply_fn, params = zoo.linen(Convolutions(), batch)
-    return apply_fn, zoo._off_initial(params), batch
+    return apply_fn, zoo.off_initial(params), batch
 
 
 class Heads(nn.Module):
@@ -608,7 +608,7 @@ def inputs_of_rank(n, rank, n_out, count=64):
 
     def batch(rng):
         x = data[rng.integers(0, count, TOKENS)]
-        return (x,), zoo._teach(x, n_out)
+        return (x,), zoo.teach(x, n_out)
 
     return batch, data
 
@@ -629,7 +629,7 @@ def zero_pixels():
 
     def batch(rng):
         x = rng.standard_normal((TOKENS, 6, 6)) * inside.reshape(6, 6)
-        return (x,), zoo._teach(x.reshape(TOKENS, -1), 3)
+        return (x,), zoo.teach(x.reshape(TOKENS, -1), 3)
 
     params = normal((36, 8), (8, 3))
     data = np.concatenate([batch(np.random.default_rng(i))[0][0] for i in range(4)])
@@ -655,4 +655,4 @@ def spatial_pair():
     """9 * 2 + 2 written, 9 * 3 read and one bias: 48 of 64 channels."""
     batch = images(2)
     apply_fn, params = zoo.linen(SpatialPair(), batch)
-    return apply_fn, zoo._off_initial(params), batch
+    return apply_fn, zoo.off_initial(params), batch

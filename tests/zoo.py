@@ -2,7 +2,7 @@
 
 Every network is a builder registered under its function's name; `build(name)` makes it, with all
 floating parameters in float64 and moved off their initial zeros and ones, so that no bias or gain
-is trivial.
+is trivial. What the analysis must find in each is in `golden`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ class Network:
     params: pytree of arrays.
     batch: `batch(rng) -> (args, target)`, numpy arrays of the example shapes.
     loss: `loss(outputs, target)`, a scalar.
-    collapses: whether the analysis is expected to collapse something at these sizes; None where
-        the sizes leave it to the planner's prices.
     """
 
     name: str
@@ -43,7 +41,6 @@ class Network:
     params: Any
     batch: Callable[[np.random.Generator], tuple[tuple, Any]]
     loss: Callable[[Any, Any], jax.Array]
-    collapses: bool | None
 
     @property
     def example_args(self) -> tuple:
@@ -51,39 +48,35 @@ class Network:
         return self.batch(np.random.default_rng(0))[0]
 
 
-_BUILDERS: dict[str, tuple[Callable, bool | None]] = {}
+class Registry:
+    """Builders of networks under the names of their functions.
 
+    A builder returns `(apply_fn, params, batch)` and optionally a loss. Its arguments are sizes,
+    small by default.
+    """
 
-def network(*, collapses: bool | None):
-    """Register a builder of `(apply_fn, params, batch)` and optionally a loss."""
+    def __init__(self):
+        self._builders: dict[str, Callable] = {}
+        self.build = functools.cache(self._build)
 
-    def register(builder):
-        if builder.__name__ in _BUILDERS:
-            raise ValueError(f"the zoo already has a network named {builder.__name__}")
-        _BUILDERS[builder.__name__] = (builder, collapses)
+    def network(self, builder):
+        """Register a builder."""
+        if builder.__name__ in self._builders:
+            raise ValueError(f"there already is a network named {builder.__name__}")
+        self._builders[builder.__name__] = builder
         return builder
 
-    return register
+    def names(self) -> list[str]:
+        """Every network's name, in order of registration."""
+        return list(self._builders)
+
+    def _build(self, name: str, *sizes: int) -> Network:
+        apply_fn, params, batch, *loss = self._builders[name](*sizes)
+        return Network(name, apply_fn, off_initial(params), batch, *(loss or [squared_error]))
 
 
-def names() -> list[str]:
-    """Every network's name, in order of registration."""
-    return list(_BUILDERS)
-
-
-def decided_names() -> list[str]:
-    """The names of the networks that say whether something collapses."""
-    return [name for name, (_, collapses) in _BUILDERS.items() if collapses is not None]
-
-
-@functools.cache
-def build(name: str) -> Network:
-    """Build one network of the zoo."""
-    builder, collapses = _BUILDERS[name]
-    apply_fn, params, batch, *loss = builder()
-    return Network(
-        name, apply_fn, _off_initial(params), batch, *(loss or [squared_error]), collapses
-    )
+_registry = Registry()
+network, names, build = _registry.network, _registry.names, _registry.build
 
 
 def is_inexact(leaf) -> bool:
@@ -96,7 +89,8 @@ def cast(tree, dtype):
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype if is_inexact(leaf) else None), tree)
 
 
-def _off_initial(params):
+def off_initial(params):
+    """Parameters in float64, each moved by a little noise."""
     rng = np.random.default_rng(1)
     return jax.tree.map(
         lambda leaf: leaf + 0.05 * rng.standard_normal(leaf.shape) if is_inexact(leaf) else leaf,
@@ -114,7 +108,7 @@ def first_squared_error(outputs, target):
     return squared_error(outputs[0], target)
 
 
-def _teach(rows, out):
+def teach(rows, out):
     """A fixed smooth function of the rows, shape (..., in) -> (..., out)."""
     teacher = np.random.default_rng(2).standard_normal((rows.shape[-1], out))
     return np.sin(rows @ teacher)
@@ -125,7 +119,7 @@ def rows(n_in, n_out, tokens=TOKENS):
 
     def batch(rng):
         x = rng.standard_normal((tokens, n_in))
-        return (x,), _teach(x, n_out) + 0.1 * rng.standard_normal((tokens, n_out))
+        return (x,), teach(x, n_out) + 0.1 * rng.standard_normal((tokens, n_out))
 
     return batch
 
@@ -135,7 +129,7 @@ def sequences(n_in, n_out, batch_size=8, length=8):
 
     def batch(rng):
         x = rng.standard_normal((batch_size, length, n_in))
-        return (x,), _teach(x, n_out)
+        return (x,), teach(x, n_out)
 
     return batch
 
@@ -145,7 +139,7 @@ def pooled_sequences(n_in, n_out, batch_size=8, length=8):
 
     def batch(rng):
         x = rng.standard_normal((batch_size, length, n_in))
-        return (x,), _teach(x.mean(axis=1), n_out)
+        return (x,), teach(x.mean(axis=1), n_out)
 
     return batch
 
@@ -155,7 +149,7 @@ def tokens_of(vocabulary, n_out, batch_size=8, length=8):
 
     def batch(rng):
         ids = rng.integers(0, vocabulary, (batch_size, length), dtype=np.int32)
-        return (ids,), _teach(np.eye(vocabulary)[ids], n_out)
+        return (ids,), teach(np.eye(vocabulary)[ids], n_out)
 
     return batch
 
@@ -191,19 +185,19 @@ def linen(module, batch, *init_args):
 # --- chains --------------------
 
 
-@network(collapses=False)
+@network
 def linear_depth_1():
     """A single matrix: nothing to multiply it with."""
     return lambda params, x: x @ params[0], tuple(weights((6, 3))), rows(6, 3)
 
 
-@network(collapses=True)
+@network
 def linear_depth_2():
     """Two matrices in a list."""
     return lambda params, x: x @ params[0] @ params[1], weights((6, WIDE), (WIDE, 3)), rows(6, 3)
 
 
-@network(collapses=True)
+@network
 def linear_depth_4_biases():
     """Four Flax layers with biases."""
     batch = rows(6, 3)
@@ -211,7 +205,7 @@ def linear_depth_4_biases():
     return *linen(module, batch), batch
 
 
-@network(collapses=True)
+@network
 def linear_depth_12():
     """Twelve layers with biases in a dict of tuples."""
     sizes = [6, *[WIDE] * 11, 3]
@@ -228,9 +222,9 @@ def linear_depth_12():
     return apply_fn, params, rows(6, 3)
 
 
-@network(collapses=True)
+@network
 def bottleneck_then_wide():
-    """A wide pair after a narrow waist that no collapse may widen."""
+    """A wide pair before a narrow waist, and one behind it."""
     params = weights((6, WIDE), (WIDE, 2), (2, WIDE), (WIDE, 6))
     return lambda params, x: functools.reduce(jnp.matmul, params, x), params, rows(6, 6)
 
@@ -245,7 +239,7 @@ class ResidualLinear(nn.Module):
         return nn.Dense(3)(x)
 
 
-@network(collapses=True)
+@network
 def residual_linear():
     """Residual linear blocks, parameters in a FrozenDict."""
     batch = rows(4, 3)
@@ -253,7 +247,7 @@ def residual_linear():
     return apply_fn, freeze(params), batch
 
 
-@network(collapses=True)
+@network
 def parallel_branches():
     """A sum of three branches of different depth, then relu and a readout."""
     params = {
@@ -272,7 +266,7 @@ def parallel_branches():
     return apply_fn, params, rows(4, 3)
 
 
-@network(collapses=True)
+@network
 def identity_branch():
     """An identity, a subtracted and a negated branch in one sum."""
     params = dict(
@@ -286,7 +280,7 @@ def identity_branch():
     return apply_fn, params, rows(4, 3)
 
 
-@network(collapses=True)
+@network
 def scales():
     """LayerScale on a residual branch, constant scales and a division by a constant."""
     params = {
@@ -314,14 +308,14 @@ class HeadsInAndOut(nn.Module):
         return nn.DenseGeneral(3, axis=(-2, -1))(heads)
 
 
-@network(collapses=True)
+@network
 def dense_general():
     """DenseGeneral kernels with a heads axis."""
     batch = sequences(4, 3)
     return *linen(HeadsInAndOut(), batch), batch
 
 
-@network(collapses=True)
+@network
 def einsum_layouts():
     """Kernels with the output axis first, heads in the middle, and a transposed activation."""
     params = {"a": weights((5, 4, 8))[0], "b": 0.3 * weights((3, 5, 8))[0], "c": weights((2, 3))[0]}
@@ -334,7 +328,7 @@ def einsum_layouts():
     return apply_fn, params, sequences(4, 2)
 
 
-@network(collapses=True)
+@network
 def reshapes_and_transposes():
     """Rows cut into groups, mixed along both axes, and flattened."""
     params = dict(zip("abc", weights((4, WIDE), (3, 5), (5 * WIDE, 2)), strict=True))
@@ -347,7 +341,7 @@ def reshapes_and_transposes():
     return apply_fn, params, rows(12, 2)
 
 
-@network(collapses=True)
+@network
 def mean_pooling():
     """A wide map averaged over the positions."""
     params = weights((4, WIDE), (WIDE, 3))
@@ -358,7 +352,7 @@ def mean_pooling():
     )
 
 
-@network(collapses=True)
+@network
 def concatenate_before_dense():
     """Two linear branches and a non-linear one concatenated before a dense pair."""
     params = dict(zip("abcd", weights((4, WIDE), (4, 4), (WIDE + 8, WIDE), (WIDE, 3)), strict=True))
@@ -370,7 +364,7 @@ def concatenate_before_dense():
     return apply_fn, params, rows(4, 3)
 
 
-@network(collapses=True)
+@network
 def slices_after_dense():
     """One dense map sliced and split into three uses."""
     params = dict(zip("abcd", weights((4, 24), (8, 3), (8, 3), (4, 3)), strict=True))
@@ -383,7 +377,7 @@ def slices_after_dense():
     return apply_fn, params, rows(4, 3)
 
 
-@network(collapses=True)
+@network
 def embedding_then_linear():
     """A look-up, then a dense pair."""
     params = {
@@ -397,7 +391,7 @@ def embedding_then_linear():
 # --- parameters --------------------
 
 
-@network(collapses=None)
+@network
 def lora_stop_gradient():
     """A low-rank branch beside a weight behind stop_gradient."""
     params = {"frozen": weights((12, 12))[0], "a": weights((12, 2))[0], "b": weights((2, 12))[0]}
@@ -408,7 +402,7 @@ def lora_stop_gradient():
     return apply_fn, params, rows(12, 12)
 
 
-@network(collapses=True)
+@network
 def adapter_beside_closed_over_weight():
     """A trainable branch beside a frozen weight that apply_fn closes over."""
     frozen = weights((4, 4))[0]
@@ -420,7 +414,7 @@ def adapter_beside_closed_over_weight():
     )
 
 
-@network(collapses=True)
+@network
 def tied_in_a_chain():
     """The same square weight and bias at three places of one chain."""
     params = {"w": weights((4, 4))[0], "b": jnp.zeros(4), "out": weights((4, 3))[0]}
@@ -433,7 +427,7 @@ def tied_in_a_chain():
     return apply_fn, params, rows(4, 3)
 
 
-@network(collapses=True)
+@network
 def tied_autoencoder():
     """A linear autoencoder: encoder W, decoder W transposed."""
     return (
@@ -443,7 +437,7 @@ def tied_autoencoder():
     )
 
 
-@network(collapses=True)
+@network
 def weight_normalisation():
     """Kernels computed from a direction and a magnitude."""
     params = [{"v": v, "g": jnp.ones(v.shape[1])} for v in weights((4, WIDE), (WIDE, 3))]
@@ -456,7 +450,7 @@ def weight_normalisation():
     return apply_fn, params, rows(4, 3)
 
 
-@network(collapses=True)
+@network
 def integer_and_unused_leaves():
     """An integer leaf that is read, and a floating one that is not."""
     params = {
@@ -470,7 +464,7 @@ def integer_and_unused_leaves():
 # --- several segments, several consumers, several outputs --------------------
 
 
-@network(collapses=True)
+@network
 def segments_between_activations():
     """A linear pair before relu, tanh and gelu, and one at the end."""
     params = [tuple(weights((4, WIDE), (WIDE, 4))) for _ in range(4)]
@@ -485,7 +479,7 @@ def segments_between_activations():
     return apply_fn, params, rows(4, 4)
 
 
-@network(collapses=True)
+@network
 def several_consumers():
     """A hidden value read by linear maps, by one before relu, and by tanh directly."""
     params = dict(zip("abcd", weights((4, 12), (12, 3), (12, 3), (12, 3)), strict=True))
@@ -502,7 +496,7 @@ def several_consumers():
     return apply_fn, params, rows(4, 3)
 
 
-@network(collapses=True)
+@network
 def multi_output():
     """A dict of outputs, one of them a hidden value, one scalar, one integer."""
     params = {"trunk": weights((4, WIDE), (WIDE, 4)), "head": weights((4, 3))[0]}
@@ -518,7 +512,7 @@ def multi_output():
     return apply_fn, params, rows(4, 3), loss
 
 
-@network(collapses=False)
+@network
 def relu_mlp():
     """An ordinary classifier: an activation after every layer."""
     batch = rows(12, 4)
@@ -527,7 +521,7 @@ def relu_mlp():
     ), batch
 
 
-@network(collapses=False)
+@network
 def gated_linear_unit():
     """A product of two activations, which no collapse crosses."""
     params = dict(zip("uvw", weights((12, 12), (12, 12), (12, 4)), strict=True))
@@ -547,28 +541,28 @@ class NormThenDense(nn.Module):
         return x + nn.Dense(x.shape[-1])(nn.gelu(nn.Dense(2 * x.shape[-1])(self.norm()(x))))
 
 
-@network(collapses=None)
+@network
 def layer_norm_then_dense():
     """Pre-LayerNorm feed-forward block."""
     batch = sequences(8, 8)
     return *linen(NormThenDense(nn.LayerNorm), batch), batch
 
 
-@network(collapses=None)
+@network
 def rms_norm_then_dense():
     """Pre-RMSNorm feed-forward block."""
     batch = sequences(8, 8)
     return *linen(NormThenDense(nn.RMSNorm), batch), batch
 
 
-@network(collapses=None)
+@network
 def group_norm_then_dense():
     """GroupNorm over positions and groups of channels, then a feed-forward block."""
     batch = sequences(8, 8)
     return *linen(NormThenDense(functools.partial(nn.GroupNorm, num_groups=2)), batch), batch
 
 
-@network(collapses=True)
+@network
 def layer_norm_then_chain():
     """LayerNorm before an over-parameterised linear chain, with a constant offset in its input."""
     batch = rows(6, 3)
@@ -577,7 +571,7 @@ def layer_norm_then_chain():
     return lambda params, x: apply_fn(params, x + 2.0), params, batch
 
 
-@network(collapses=True)
+@network
 def dense_norm_dense():
     """A linear pair on either side of an RMSNorm."""
     batch = rows(4, 3)
@@ -585,7 +579,7 @@ def dense_norm_dense():
     return *linen(module, batch), batch
 
 
-@network(collapses=True)
+@network
 def wide_dense_norm_dense():
     """LayerNorm of a product much wider than its input, and RMSNorm of another."""
     batch = rows(4, 3)
@@ -606,7 +600,7 @@ class PreNormStack(nn.Module):
         return x, nn.Dense(3)(nn.LayerNorm()(x))
 
 
-@network(collapses=True)
+@network
 def pre_norm_stack():
     """A residual stream that only LayerNorms read, far from the origin."""
     batch = sequences(8, 3)
@@ -614,7 +608,7 @@ def pre_norm_stack():
     return lambda params, x: apply_fn(params, x + 3.0)[1], params, batch
 
 
-@network(collapses=None)
+@network
 def pre_norm_stack_with_its_stream():
     """The same, its stream returned: somebody sees the mean."""
     batch = sequences(8, 3)
@@ -666,14 +660,14 @@ class BatchNormBranches(nn.Module):
         return nn.Dense(3)(nn.relu(wide + plain + norm()(x)))
 
 
-@network(collapses=None)
+@network
 def batch_norm_training():
     """Training-mode BatchNorm after an expanding dense map, returning its updated statistics."""
     module = DenseBatchNorm(train=True, activation=nn.relu, use_bias=False)
     return batch_norm(module, rows(4, 3), train=True)
 
 
-@network(collapses=None)
+@network
 def batch_norm_training_after_bias():
     """A bias before training-mode BatchNorm: its gradient is zero but for rounding."""
     module = DenseBatchNorm(train=True, activation=jnp.tanh)
@@ -681,13 +675,13 @@ def batch_norm_training_after_bias():
     return lambda params, stats, x: apply_fn(params, stats, x)[0], *rest
 
 
-@network(collapses=True)
+@network
 def batch_norm_branches():
     """Parallel branches with training-mode BatchNorm."""
     return batch_norm(BatchNormBranches(), rows(4, 3), train=True)
 
 
-@network(collapses=True)
+@network
 def batch_norm_inference():
     """BatchNorm with running statistics, affine, between two dense maps."""
     return batch_norm(DenseBatchNorm(train=False, activation=lambda x: x), rows(4, 3), train=False)
@@ -696,7 +690,7 @@ def batch_norm_inference():
 # --- attention --------------------
 
 
-@network(collapses=None)
+@network
 def attention():
     """Multi-head self-attention."""
     batch = sequences(8, 8, batch_size=4)
@@ -708,43 +702,46 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        mask = nn.make_causal_mask(x[..., 0])
+        width, mask = x.shape[-1], nn.make_causal_mask(x[..., 0])
         x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x), mask=mask)
-        x = x + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(x))))
+        x = x + nn.Dense(width)(nn.gelu(nn.Dense(2 * width)(nn.LayerNorm()(x))))
         return nn.Dense(3)(nn.LayerNorm()(x))
 
 
-@network(collapses=None)
-def transformer_block():
+@network
+def transformer_block(width=8):
     """A pre-norm transformer block."""
-    batch = sequences(8, 3, batch_size=4)
+    batch = sequences(width, 3, batch_size=4)
     return *linen(Transformer(), batch), batch
 
 
 class Gpt(nn.Module):
     """Token and position embeddings, a causal pre-norm block, a head tied to the embedding."""
 
+    width: int
+    vocabulary: int
+
     @nn.compact
     def __call__(self, ids):
-        embed = nn.Embed(11, 8)
-        x = embed(ids) + self.param("positions", nn.initializers.normal(), (ids.shape[1], 8))
+        embed, shape = nn.Embed(self.vocabulary, self.width), (ids.shape[1], self.width)
+        x = embed(ids) + self.param("positions", nn.initializers.normal(), shape)
         attend = nn.MultiHeadDotProductAttention(num_heads=2)
         x = x + attend(nn.LayerNorm()(x), mask=nn.make_causal_mask(ids))
-        x = x + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(x))))
+        x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(2 * self.width)(nn.LayerNorm()(x))))
         return embed.attend(nn.LayerNorm()(x))
 
 
-@network(collapses=True)
-def gpt():
+@network
+def gpt(width=8, vocabulary=11):
     """A GPT of one block, its head tied to its embedding."""
-    batch = tokens_of(11, 11, batch_size=4)
-    return *linen(Gpt(), batch), batch
+    batch = tokens_of(vocabulary, vocabulary, batch_size=4)
+    return *linen(Gpt(width, vocabulary), batch), batch
 
 
 # --- program structure --------------------
 
 
-@network(collapses=True)
+@network
 def nested_jit():
     """A chain whose halves are jitted, one inside the other."""
     params = weights((4, WIDE), (WIDE, WIDE), (WIDE, 3))
@@ -756,7 +753,7 @@ def nested_jit():
     return lambda params, x: first(params, x) @ params[2], params, rows(4, 3)
 
 
-@network(collapses=True)
+@network
 def vmap_inside():
     """A chain written for one row, and an ensemble of chains mapped over its parameters."""
     params = {"row": weights((4, WIDE), (WIDE, 4)), "ensemble": weights((3, 4, WIDE), (3, WIDE, 2))}
@@ -769,7 +766,7 @@ def vmap_inside():
     return apply_fn, params, rows(4, 2)
 
 
-@network(collapses=True)
+@network
 def checkpoint():
     """Linear pairs inside jax.checkpoint."""
     params = weights((4, WIDE), (WIDE, 4), (4, WIDE), (WIDE, 3))
@@ -797,14 +794,14 @@ class RematBlocks(nn.Module):
         return nn.Dense(3)(nn.remat(LinearPair)()(nn.remat(LinearPair)()(x)))
 
 
-@network(collapses=None)
+@network
 def linen_remat():
     """Dense pairs inside nn.remat."""
     batch = rows(4, 3)
     return *linen(RematBlocks(), batch), batch
 
 
-@network(collapses=None)
+@network
 def scan_over_layers():
     """Stacked dense pairs with tanh, applied by lax.scan."""
     params = {"up": weights((3, 4, WIDE))[0], "down": weights((3, WIDE, 4))[0]}
@@ -818,7 +815,7 @@ def scan_over_layers():
     return apply_fn, params, rows(4, 4)
 
 
-@network(collapses=None)
+@network
 def recurrent_scan():
     """A recurrence over time with a linear body, its states read out outside."""
     params = {
@@ -859,14 +856,14 @@ class LinenScan(nn.Module):
         return nn.Dense(3)(scanned()(x, None)[0])
 
 
-@network(collapses=None)
+@network
 def linen_scan():
     """nn.scan over layers."""
     batch = rows(4, 3)
     return *linen(LinenScan(), batch), batch
 
 
-@network(collapses=True)
+@network
 def cond():
     """A branch chosen by the data, between linear pairs."""
     params = dict(
@@ -915,19 +912,19 @@ def _pairs_around(activation):
     return lambda p, x: activation(x @ p[0] @ p[1]) @ p[2] @ p[3], params, rows(4, 3)
 
 
-@network(collapses=True)
+@network
 def custom_jvp_activation():
     """A straight-through estimator between linear pairs."""
     return _pairs_around(straight_through)
 
 
-@network(collapses=True)
+@network
 def custom_vjp_activation():
     """A custom backward pass between linear pairs."""
     return _pairs_around(halved_gradient)
 
 
-@network(collapses=True)
+@network
 def custom_vjp_identity():
     """A linear function with a backward pass that is not its transpose."""
     return _pairs_around(doubled_gradient)
@@ -964,19 +961,19 @@ class NnxNormBlock(nnx.Module):
         return x + self.down(nnx.gelu(self.up(self.norm(x))))
 
 
-@network(collapses=True)
+@network
 def nnx_chain():
     """Flax NNX dense pairs."""
     return from_nnx(NnxChain(nnx.Rngs(0)), rows(4, 3))
 
 
-@network(collapses=None)
+@network
 def nnx_norm_block():
     """Flax NNX pre-norm block."""
     return from_nnx(NnxNormBlock(nnx.Rngs(0)), sequences(8, 8))
 
 
-@network(collapses=True)
+@network
 def equinox_chain():
     """Equinox layers mapped over rows, parameters from eqx.partition."""
     keys = jax.random.split(jax.random.key(0), 4)
@@ -991,7 +988,7 @@ def equinox_chain():
     return lambda params, x: jax.vmap(eqx.combine(params, static))(x), params, rows(4, 3)
 
 
-@network(collapses=False)
+@network
 def equinox_mlp():
     """An Equinox multilayer perceptron."""
     params, static = eqx.partition(eqx.nn.MLP(12, 4, 12, 1, key=jax.random.key(0)), eqx.is_array)

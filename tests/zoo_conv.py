@@ -1,8 +1,6 @@
 """Convolutional networks that the tests train with and without front contribution.
 
-Every builder takes the number of channels and gives `(apply_fn, params, batch)` and optionally a
-loss, as in `zoo`. It is registered with the leaves that are collapsed where that pays, at a useful
-size: the golden answers of the planner.
+Every builder takes the number of channels; all else is as in `zoo`.
 """
 
 from __future__ import annotations
@@ -19,37 +17,9 @@ from flax import nnx
 from zoo import with_extra
 
 CHANNELS, SIZE, IMAGES = 3, 6, 4
-USEFUL_CHANNELS, USEFUL_SIZE, USEFUL_IMAGES = 32, 32, 64
 
-_BUILDERS: dict[str, tuple[Callable, tuple[str, ...]]] = {}
-
-
-def network(*collapsed: str):
-    """Register a builder with the leaves that it collapses: ends of their paths, or "all"."""
-
-    def register(builder):
-        _BUILDERS[builder.__name__] = (builder, collapsed)
-        return builder
-
-    return register
-
-
-def names() -> list[str]:
-    """Every network's name, in order of registration."""
-    return list(_BUILDERS)
-
-
-def collapsed(name: str) -> tuple[str, ...]:
-    """The golden answer."""
-    return _BUILDERS[name][1]
-
-
-@functools.cache
-def build(name: str, channels: int = CHANNELS) -> zoo.Network:
-    """Build one network."""
-    apply_fn, params, batch, *loss = _BUILDERS[name][0](channels)
-    params = zoo._off_initial(params)
-    return zoo.Network(name, apply_fn, params, batch, *(loss or [zoo.squared_error]), None)
+_registry = zoo.Registry()
+network, names, build = _registry.network, _registry.names, _registry.build
 
 
 def images(channels, size=SIZE, count=IMAGES):
@@ -141,21 +111,21 @@ training = functools.partial(nn.BatchNorm, use_running_average=False)
 inference = functools.partial(nn.BatchNorm, use_running_average=True)
 
 
-@network("all")
-def rep_vgg(channels):
+@network
+def rep_vgg(channels=CHANNELS):
     """RepVGG blocks without BatchNorm."""
     batch = images(channels)
     return *linen(RepVgg(no_norm), batch), batch
 
 
-@network("Conv_1/kernel", "Conv_3/kernel", "scale", "bias")
-def rep_vgg_batch_norm(channels):
+@network
+def rep_vgg_batch_norm(channels=CHANNELS):
     """RepVGG blocks in training mode: the moments of the input serve its pointwise branches."""
     return batch_norm(RepVgg(training), images(channels))
 
 
-@network("all")
-def rep_vgg_inference(channels):
+@network
+def rep_vgg_inference(channels=CHANNELS):
     """RepVGG blocks with running statistics: one kernel each."""
     return frozen(RepVgg(inference), images(channels))
 
@@ -172,8 +142,8 @@ class DiverseBranches(nn.Module):
         return nn.relu(y + pooled)
 
 
-@network("all")
-def diverse_branches(channels):
+@network
+def diverse_branches(channels=CHANNELS):
     """A diverse branch block, without norms."""
     batch = images(channels)
     return *linen(DiverseBranches(), batch), batch
@@ -189,8 +159,8 @@ class AcNet(nn.Module):
         return nn.relu(conv(c, 3, use_bias=True)(x) + flat)
 
 
-@network("all")
-def ac_net(channels):
+@network
+def ac_net(channels=CHANNELS):
     """ACNet's asymmetric block."""
     batch = images(channels)
     return *linen(AcNet(), batch), batch
@@ -206,8 +176,8 @@ class MobileOne(nn.Module):
         return nn.relu(conv(c, 1)(x) + conv(c, 1)(x) + x)
 
 
-@network("all")
-def mobile_one(channels):
+@network
+def mobile_one(channels=CHANNELS):
     """A MobileOne block without norms."""
     batch = images(channels)
     return *linen(MobileOne(), batch), batch
@@ -227,15 +197,15 @@ class ExpandNet(nn.Module):
         return x
 
 
-@network("all")
-def expand_net(channels):
+@network
+def expand_net(channels=CHANNELS):
     """ExpandNet blocks."""
     batch = images(channels)
     return *linen(ExpandNet(), batch), batch
 
 
-@network("all")
-def expand_net_valid(channels):
+@network
+def expand_net_valid(channels=CHANNELS):
     """Spatial kernels in a row that read no padding, with biases between, and one with stride."""
     batch = images(channels)
     layers = [
@@ -252,8 +222,8 @@ def pooled_error(outputs, target):
     return jnp.mean((jnp.mean(outputs, (1, 2)) - jnp.mean(target, (1, 2))) ** 2)
 
 
-@network()
-def do_conv(channels):
+@network
+def do_conv(channels=CHANNELS):
     """DO-Conv: kernels that are products of a depthwise factor and a kernel."""
     rng = np.random.default_rng(4)
     params = {
@@ -273,8 +243,8 @@ def do_conv(channels):
     return apply_fn, params, images(channels)
 
 
-@network("all")
-def pooled(channels):
+@network
+def pooled(channels=CHANNELS):
     """A convolution before average pooling, pointwise maps before global pooling."""
 
     class Pooled(nn.Module):
@@ -303,17 +273,15 @@ class Bottleneck(nn.Module):
         return nn.relu(self.norm()(conv(4 * c, 1)(h)) + self.norm()(conv(4 * c, 1, strides=2)(x)))
 
 
-@network("Conv_0/kernel", "BatchNorm_0/scale", "BatchNorm_0/bias",
-         "Conv_2/kernel", "BatchNorm_2/scale", "BatchNorm_2/bias",
-         "Conv_3/kernel", "BatchNorm_3/scale", "BatchNorm_3/bias")  # fmt: skip
-def res_net_bottleneck(channels):
+@network
+def res_net_bottleneck(channels=CHANNELS):
     """ResNet's bottleneck in training mode."""
     apply_fn, params, batch, _ = batch_norm(Bottleneck(training), images(channels))
     return apply_fn, params, batch, lambda y, target: jnp.mean(y[0] ** 2)
 
 
-@network("Conv_0/kernel", "Conv_1/kernel", "Conv_2/kernel", "scale", "bias")
-def res_net_bottleneck_inference(channels):
+@network
+def res_net_bottleneck_inference(channels=CHANNELS):
     """ResNet's bottleneck with running statistics."""
     apply_fn, params, batch, _ = frozen(Bottleneck(inference), images(channels))
     return apply_fn, params, batch, lambda y, target: jnp.mean(y**2)
@@ -332,14 +300,14 @@ class Inverted(nn.Module):
         return x + self.norm()(conv(c, 1)(h))
 
 
-@network("Conv_0/kernel", "BatchNorm_0/scale", "BatchNorm_0/bias")
-def inverted_bottleneck(channels):
+@network
+def inverted_bottleneck(channels=CHANNELS):
     """MobileNetV2's bottleneck in training mode."""
     return batch_norm(Inverted(training), images(channels))
 
 
-@network("all")
-def inverted_bottleneck_inference(channels):
+@network
+def inverted_bottleneck_inference(channels=CHANNELS):
     """MobileNetV2's bottleneck with running statistics."""
     return frozen(Inverted(inference), images(channels))
 
@@ -355,8 +323,8 @@ class ConvNext(nn.Module):
         return x + self.param("gamma", nn.initializers.constant(0.1), (c,)) * h
 
 
-@network("Dense_0/kernel", "Dense_0/bias", "gamma")
-def conv_next(channels):
+@network
+def conv_next(channels=CHANNELS):
     """A ConvNeXt block."""
     batch = images(channels)
     return *linen(ConvNext(), batch), batch
@@ -374,15 +342,15 @@ class UNet(nn.Module):
         return conv(c, 3, use_bias=True)(jnp.concatenate([x, up], axis=-1))
 
 
-@network("Conv_2/kernel", "ConvTranspose_0/bias", "ConvTranspose_0/kernel")
-def u_net(channels):
+@network
+def u_net(channels=CHANNELS):
     """A U-Net with a transposed convolution and a pointwise one behind it."""
     batch = images(channels)
     return *linen(UNet(), batch), batch
 
 
-@network("all")
-def tied_autoencoder(channels):
+@network
+def tied_autoencoder(channels=CHANNELS):
     """A linear code made and read by one kernel, its channels exchanged."""
     kernel = np.random.default_rng(5).standard_normal((2, 2, channels, 4 * channels))
     numbers = ("NHWC", "HWIO", "NHWC")
@@ -417,8 +385,8 @@ class NnxRep(nnx.Module):
         return self.down(self.space(self.up(x)))
 
 
-@network("up/kernel", "space/kernel", "down/kernel", "point/kernel", "scale", "bias")
-def nnx_rep(channels):
+@network
+def nnx_rep(channels=CHANNELS):
     """Flax NNX: branches with BatchNorm, then an expanded kernel."""
     model = NnxRep(channels, nnx.Rngs(0))
     graph, params, stats, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)

@@ -1,4 +1,4 @@
-"""Transformers and adapters: what collapses in them, and that they train as by backpropagation."""
+"""A low-rank branch beside another weight: which products are formed in which pass."""
 
 from __future__ import annotations
 
@@ -7,88 +7,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import zoo
-import zoo_tokens
-from training import backprop, objective, relative_deviation, stacked_batches
+from training import relative_deviation
 
 import fcjax
 from fcjax.planning.parts import Linear
-from fcjax.planning.plan import always_fold
-
-STEPS = 200
-OPTIMIZER = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
-
-
-@functools.cache
-def built(name):
-    apply_fn, params, batch, *loss = zoo_tokens.LIGHTER[name]()
-    (loss,) = loss or [zoo.squared_error]
-    return zoo.Network(name, apply_fn, zoo._off_initial(params), batch, loss, None)
-
-
-def trained(network, apply, params):
-    """Losses, the last parameters and the first gradient of `STEPS` steps."""
-    gradient = jax.value_and_grad(objective(network, apply))
-    batches = stacked_batches(network, STEPS)
-
-    def step(carry, batch):
-        params, state = carry
-        value, gradients = gradient(params, *batch)
-        updates, state = OPTIMIZER.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), state), value
-
-    @jax.jit
-    def run(params):
-        (last, _), losses = jax.lax.scan(step, (params, OPTIMIZER.init(params)), batches)
-        return losses, last
-
-    return run(params)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "name", sorted({*zoo_tokens.LIGHTER} - {"gpt"})
-)  # with adapters it is the same
-def test_200_steps_follow_backprop(name):
-    """Outputs at the end, too; a key's bias has no gradient but rounding, so not every leaf."""
-    network = built(name)
-    losses, last = trained(network, *backprop(network))
-    args, _ = network.batch(np.random.default_rng(7))
-    with always_fold():
-        fc = fcjax.front_contribute(network.apply_fn, network.params, *args)
-        fc_losses, fc_last = trained(network, fc.apply, fc.params)
-    assert relative_deviation(fc_losses, losses) < 1e-9
-    outputs = [jax.jit(network.apply_fn)(p, *args) for p in (fc.expand(fc_last), last)]
-    assert relative_deviation(*outputs) < 1e-9
-
-
-LEFT = {
-    "gpt": set(),
-    "gpt_with_adapters": set(),
-    "factorised_encoder": set(),
-    "mlp_mixer": set(),
-    "linear_rnn": {"Dense_0/bias", "Dense_0/kernel"},
-    "state_space": set(),
-    "nnx_scan_over_blocks": {"out/bias/value", "out/kernel/value"},
-    "variational_autoencoder": {"Dense_0/bias", "Dense_0/kernel", "Dense_3/kernel"},
-    "nonlinear_tied_autoencoder": {"bias/value"},
-    "mixture_of_experts": {"Dense_1/bias", "Dense_1/kernel"},
-    "batch_norm_over_a_mapped_axis": {"down", "gain", "shift"},
-}
-"""The leaves that nothing else is linear with."""
-
-
-@pytest.mark.parametrize("name", LEFT)
-def test_leaves_that_can_be_multiplied_with_others(name):
-    network = built(name) if name in zoo_tokens.LIGHTER else zoo.build(name)
-    with always_fold():
-        fc = fcjax.front_contribute(network.apply_fn, network.params, *network.example_args)
-    assert {row.path for row in fc.report if row.rule != "collapse"} == LEFT[name]
-
-
-# --- a low-rank branch beside another weight ----------------------------------------------------
 
 ROWS, WIDTH, RANK = 1024, 384, 4
 
