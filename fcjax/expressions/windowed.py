@@ -20,6 +20,7 @@ from fcjax.expressions.terms import (
     Window,
     fresh_dims,
     refreshed,
+    strides,
 )
 
 __all__ = ["concatenate", "resolved", "slice_axis", "unfold"]
@@ -101,7 +102,9 @@ def unfold(
 ) -> Expr:  # fmt: skip
     """What a window sees: ``result[..., o, ..., k] = expr[..., i, ...]``, zero where there is no i.
 
-    With ``spread * i = stride * o + dilation * k + offset``; the axis of ``k`` comes last.
+    With ``spread * i = stride * o + dilation * k + offset``; the axis of ``k`` comes last. An axis
+    may be merged from several labels if all but one of them repeat a value, as in nearest
+    upsampling.
     """
     if (out, taps, spread, stride, offset) == (expr.shape[axis], 1, 1, 1, 0):
         return dataclasses.replace(expr, dims=(*expr.dims, ()))
@@ -109,10 +112,11 @@ def unfold(
     free = frozenset((*itertools.chain.from_iterable(expr.dims), *places, *tap))
     dims = (*(places if i == axis else dim for i, dim in enumerate(expr.dims)), tap)
     read = expr.dims[axis]
-    if len(read) != 1:
+    if not read or any(len(t.labels.intersection(read)) > 1 for t in expr.terms):
         raise Unrepresentable("a window over a merged axis or one of size 1")
-    steps = [(read, spread), (places, -stride), (tap, -dilation)]
-    window = Window(tuple((x, by) for labels, by in steps for x in labels), -offset)
+    steps = [(x, spread * by) for x, by in strides(read)]
+    steps += [(x, by) for labels, by in ((places, -stride), (tap, -dilation)) for x in labels]
+    window = Window(tuple(steps), -offset)
     terms = [
         resolved(dataclasses.replace(t, windows=(*t.windows, window)), free - {*read})
         for t in expr.terms
