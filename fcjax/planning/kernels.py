@@ -17,7 +17,7 @@ from fcjax.expressions import windows
 from fcjax.expressions.terms import Axis as Labels
 from fcjax.expressions.terms import Factor, Label, Term, Unrepresentable, Window
 
-__all__ = ["Grid", "Place", "Shared", "View", "computed_over", "has_taps", "share", "view"]
+__all__ = ["Grid", "Place", "Shared", "Taps", "View", "computed_over", "has_taps", "share", "view"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,22 +235,40 @@ class Grid:
 
 
 @dataclasses.dataclass(frozen=True)
+class Taps:
+    """Which tap of a kernel the entries of a product stand at, along one axis of space.
+
+    At the tap t with ``every * t == sum(by * index) + low``; those for which there is none count
+    for nothing.
+
+    Attributes:
+      steps: labels of the product, labels along which it is constant, which are added up, and
+        labels of the kernel, each with what its index is multiplied by.
+      low: the constant.
+      every: the distance of two taps.
+    """
+
+    steps: tuple[tuple[Label, int], ...]
+    low: int
+    every: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Place:
     """Where a product of weights stands in the kernel.
 
     Attributes:
-      taps: for each axis of the grid the taps of the product with their distances, and the place
-        of the first, in units of the grid.
+      taps: for each axis of the grid, at which tap.
       diagonal: pairs of a summed channel and the one of the value that equals it.
     """
 
-    taps: tuple[tuple[tuple[tuple[Label, int], ...], int], ...]
+    taps: tuple[Taps, ...]
     diagonal: tuple[tuple[Label, Label], ...]
 
     @property
     def labels(self) -> frozenset[Label]:
         """The taps of the product."""
-        return frozenset(x for steps, _ in self.taps for x, _ in steps)
+        return frozenset(x for taps in self.taps for x, _ in taps.steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,18 +294,6 @@ class Shared:
         """The labels of the rows."""
         own = self.rows.labels if self.rows is not None else frozenset[Label]()
         return own.union(self.ones)
-
-    @property
-    def seen(self) -> frozenset[Label]:
-        """The labels of the rows, with those of the value for those of space."""
-        reads = {g.read: g.out for g in self.grids}
-        return frozenset(reads.get(x, x) for x in self.on_rows)
-
-    @property
-    def is_assembled(self) -> bool:
-        """Whether the kernel is more than one product with its own taps."""
-        composed = any(len(steps) > 1 for place in self.places for steps, _ in place.taps)
-        return len(self.weights) > 1 or composed
 
     def _channels(self, kept: frozenset[Label]) -> frozenset[Label]:
         return (self.on_rows | kept).difference(g.read for g in self.grids)
@@ -369,7 +375,7 @@ def _place(view: View, labels: Sequence[Label], grids: Sequence[Grid | None]) ->
     for s, label, grid in zip(view.seen, labels, grids, strict=True):
         if grid is not None:
             steps = tuple((x, by // grid.dilation) for x, by in s.taps)
-            taps.append((steps, (s.offset - grid.low) // grid.dilation))
+            taps.append(Taps(steps, (s.offset - grid.low) // grid.dilation))
         elif s.out is not None and s.out is not label:
             diagonal.append((label, s.out))
     return Place(tuple(taps), tuple(diagonal))

@@ -24,6 +24,7 @@ from fcjax.expressions.terms import Expr, Unrepresentable
 from fcjax.expressions.written import Written
 from fcjax.planning.contraction import Cost
 from fcjax.planning.parts import Recipe
+from fcjax.planning.phases import in_phases
 from fcjax.planning.recipes import recipe
 from fcjax.planning.squares import square_in
 from fcjax.planning.streams import centred
@@ -296,7 +297,8 @@ class _Search:
                 made = self.recipes[value].expr
                 expr = algebra.substitute(expr, value, made)
                 square = square and square.substitute(value, made)
-        return recipe(expr, self.runs, square)
+        how = recipe(expr, self.runs, square)
+        return in_phases(how, self.runs, always=folds_always())
 
     def _apply(
         self, move: tuple[Value, ...], gone: Sequence[Value], new: dict[Value, Recipe]

@@ -14,7 +14,8 @@ from fcjax.planning.effective import in_separate_orders, one_product, through_on
 from fcjax.planning.kernels import View
 from fcjax.planning.moments import mean_square, row_square
 from fcjax.planning.parts import Convolution, Option, Part, Product, Recipe
-from fcjax.planning.roles import effective_weight, meets, roles, signature
+from fcjax.planning.phases import convolved
+from fcjax.planning.roles import meets, roles, signature
 from fcjax.planning.squares import Square
 
 __all__ = ["recipe"]
@@ -177,15 +178,8 @@ def _convolution(views: tuple[View, ...], expr: Expr, runs: float) -> Option | N
         one_product(weight, expr, runs, shared.inside(i, kept))
         for i, weight in enumerate(shared.weights)
     ]
-    labels = shared.labels(kept, tuple(itertools.chain(*expr.dims)))
-    kernel = effective_weight(shared.weights, labels, expr)
-    trainable = shared.rows is not None and shared.rows.leaf.trainable
-    rows = Operand(shared.seen, trainable, False, np.dtype(expr.dtype).itemsize)
-    _, cost = contraction.pair(rows, kernel, kept, runs)
-    if shared.is_assembled:
-        cost = cost + contraction.written(kernel) * (1 / runs if kernel.once else 1.0)
     part = Convolution(
-        shared.rows, shared.ones, shared.grids, tuple(p for p, _ in built), shared.places, labels,
-        kept, views[0].windows,
+        shared.rows, shared.ones, shared.grids, tuple(p for p, _ in built), shared.places,
+        shared.labels(kept, tuple(itertools.chain(*expr.dims))), kept, views[0].windows,
     )  # fmt: skip
-    return (part,), sum((c for _, c in built), cost)
+    return (part,), sum((c for _, c in built), convolved(part, expr, runs))

@@ -15,6 +15,7 @@ from fcjax.planning.parts import (
     Linear,
     MeanSquare,
     Part,
+    Phases,
     Product,
     Recipe,
     RowSquare,
@@ -190,7 +191,24 @@ def _convolution(part: Convolution, weight: Named, expr: Expr, env: Env) -> Name
         part.grids, _total(groups), expr.precision if rows.data else lax.Precision.HIGHEST,
     )  # fmt: skip
     labels = (*examples, *(g.out for g in part.grids), *groups, *out)
-    return Named(made.reshape([label.size for label in labels]), labels, rows.data or weight.data)
+    made = made.reshape([label.size for label in labels])
+    return _interleaved(Named(made, labels, rows.data or weight.data), part.phases)
+
+
+def _interleaved(value: Named, phases: Sequence[Phases]) -> Named:
+    """The places of the value, of which each phase has every so many."""
+    if not phases:
+        return value
+    inside = {f.made: f for f in phases}
+    channels = {f.made: (f.phase,) for f in phases if f.phase is not None}
+    among = tuple(itertools.chain(*channels.values()))
+    outer = [x for x in value.labels if x not in among]
+    axes = [(x, *channels.get(x, ())) for x in outer]
+    array = ordered(value, tuple(itertools.chain(*axes))).reshape([_total(axis) for axis in axes])
+    starts = [inside[x].start if x in inside else 0 for x in outer]
+    labels = tuple(inside[x].out if x in inside else x for x in outer)
+    ends = [start + x.size for start, x in zip(starts, labels, strict=True)]
+    return Named(lax.slice(array, starts, ends), labels, value.data)
 
 
 def _total(labels: Sequence[Label]) -> int:
