@@ -297,8 +297,7 @@ class _Search:
                 made = self.recipes[value].expr
                 expr = algebra.substitute(expr, value, made)
                 square = square and square.substitute(value, made)
-        how = recipe(expr, self.runs, square)
-        return in_phases(how, self.runs, always=folds_always())
+        return in_phases(recipe(expr, self.runs, square), self.runs)
 
     def _apply(
         self, move: tuple[Value, ...], gone: Sequence[Value], new: dict[Value, Recipe]

@@ -65,7 +65,9 @@ def _sum(expr: Expr, chosen: Sequence[Option], runs: float, square: Square | Non
     cost = sum((cost for _, cost in chosen), Cost())
     whole = _whole(expr)
     share = 1 / runs if whole.once else 1.0
-    additions = contraction.written(whole) * (_additions(parts, expr) * share)
+    repeats = not expr.free <= frozenset().union(*(t.labels for t in expr.terms))
+    writes = max(_additions(parts, expr), int(repeats))  # repeating a product writes it anew
+    additions = contraction.written(whole) * (writes * share)
     return Recipe(expr, parts, cost + additions + _gradients_added(expr), square)
 
 
