@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from fcjax.expressions import windows
 from fcjax.expressions.terms import Axis as Labels
@@ -142,7 +142,7 @@ def _rows_among(
     A convolution is symmetric in what it reads and its kernel, so either could be called the rows.
     """
     largest = {
-        max((x for x, _ in w.steps if x not in free), key=lambda x: x.size)
+        _largest(w, (x for x, _ in w.steps if x not in free), free)
         for w in relations
         if len(w.steps) > 2
     }
@@ -160,7 +160,16 @@ def _read(
     read = [x for x in bound if x in rows] or [x for x in bound if x not in known]
     if not read or (len(read) > 1 and read[0] in rows):
         raise Unrepresentable("a window over kernels alone, or over two axes of the same data")
-    return max(read, key=lambda x: x.size)
+    return _largest(window, read, free)
+
+
+def _largest(window: Window, among: Iterable[Label], free: frozenset[Label]) -> Label:
+    """The largest label, if possible on the other side of the relation than that of the value.
+
+    There stand the rows: ``spread * read = stride * out + dilation * tap``.
+    """
+    out = sum(by for x, by in window.steps if x in free)
+    return max(among, key=lambda x: (window.by(x) * out < 0, x.size))
 
 
 def _seen(label: Label, window: Window | None, free: frozenset[Label]) -> Seen:

@@ -22,7 +22,7 @@ from fcjax.planning.parts import (
     computed_over,
 )
 from fcjax.running import convolving, numerics
-from fcjax.running.named import Env, Named, ordered, pair, realised
+from fcjax.running.named import Env, Named, ordered, pair, realised, sum_out
 from fcjax.running.placing import put_in_place
 from fcjax.running.weights import Formed, product_of, weight_of, whole_weight
 
@@ -173,7 +173,8 @@ def _convolution(part: Convolution, weight: Named, expr: Expr, env: Env) -> Name
     """Convolves the rows, ordered as examples, space, channels, with the kernel Z."""
     rows = Named(jnp.ones((), expr.dtype), (), False)
     if part.rows is not None:
-        rows = realised(part.rows, env)
+        used = part.kept.union(weight.labels, (g.read for g in part.grids))
+        rows = sum_out(realised(part.rows, env), used)
     space = tuple(g.read for g in part.grids)
     on_rows = (*rows.labels, *part.ones)
     summed = tuple(x for x in weight.labels if x in on_rows and x not in part.kept)
