@@ -381,6 +381,25 @@ def u_net(channels):
     return *linen(UNet(), batch), batch
 
 
+class Decoder(nn.Module):
+    """A code of half the size, then nearest upsampling and two 3x3 convolutions."""
+
+    @nn.compact
+    def __call__(self, x):
+        count, *sides, c = x.shape
+        code = nn.relu(conv(4 * c, 3, strides=2, use_bias=True)(x))
+        up = jax.image.resize(code, (count, *sides, 4 * c), "nearest")
+        h = nn.relu(conv(2 * c, 3, use_bias=True)(up))
+        return conv(c, 3, use_bias=True)(h)
+
+
+@network("Conv_1/kernel", "Conv_1/bias")
+def decoder(channels):
+    """A decoder with nearest upsampling, whose kernel meets the code by phases."""
+    batch = images(channels)
+    return *linen(Decoder(), batch), batch
+
+
 @network("all")
 def tied_autoencoder(channels):
     """A linear code made and read by one kernel, its channels exchanged."""
