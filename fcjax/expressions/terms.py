@@ -96,7 +96,8 @@ class Factor:
     Attributes:
       leaf: the array.
       axes: for each axis of the leaf, the labels it is split into, outermost first.
-      slices: for each axis ``(start, limit, stride)`` or None for all of it; applied first.
+      slices: for each axis ``(start, limit, stride)`` or None for all of it; applied first. Those
+        that begin before an axis or end behind it go round it.
       centred: labels over which the mean of the view is subtracted from it.
     """
 

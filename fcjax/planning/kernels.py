@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from fcjax.expressions import windows
+from fcjax.expressions.circular import goes_round
 from fcjax.expressions.terms import Axis as Labels
 from fcjax.expressions.terms import Factor, Label, Term, Unrepresentable, Window
 
@@ -191,8 +192,10 @@ def _unsliced(rows: Factor, seen: tuple[Seen, ...]) -> tuple[Factor, tuple[Seen,
     found = {s.label: s for s in seen}
     axes, slices = list(rows.axes), list(rows.slices)
     for axis, cut in enumerate(rows.slices):
-        labels = rows.axes[axis]
-        whole = _through(cut, rows.leaf.shape[axis], found[labels[0]]) if cut and labels else None
+        labels, size = rows.axes[axis], rows.leaf.shape[axis]
+        if cut is None or not labels or goes_round(cut, size):
+            continue
+        whole = _through(cut, size, found[labels[0]])
         if whole is not None:
             found[labels[0]] = whole
             axes[axis], slices[axis] = (whole.label,), None
@@ -323,6 +326,7 @@ class Shared:
 
 def share(views: Sequence[View]) -> Shared | None:
     """Several terms as one convolution, or None if they see different data or another grid."""
+    views = _read_alike(views)
     first = views[0]
     if len(views) > 1 and any(_data(v) != _data(first) or v.windows for v in views):
         return None
@@ -346,6 +350,38 @@ def share(views: Sequence[View]) -> Shared | None:
         tuple(v.weights.rename(r) for v, r in zip(views, renamed, strict=True)),
         places,
     )
+
+
+def _read_alike(views: Sequence[View]) -> Sequence[View]:
+    """Views that go round an axis of the same data differently far, all as far as the farthest."""
+    rows = [v.rows for v in views if v.rows is not None]
+    if len(rows) < len(views) or len({f.leaf.var for f in rows}) > 1:
+        return views
+    for axis, size in enumerate(rows[0].leaf.shape):
+        cuts = [v.rows.slices[axis] or (0, size, 1) for v in views if v.rows is not None]
+        if any(goes_round(cut, size) for cut in cuts) and all(step == 1 for _, _, step in cuts):
+            far = (min(start for start, _, _ in cuts), max(limit for _, limit, _ in cuts), 1)
+            views = [_read_by(v, axis, far) for v in views]
+    return views
+
+
+def _read_by(view: View, axis: int, far: tuple[int, int, int]) -> View:
+    """A view with more of an axis of its rows, if nothing of that comes into it."""
+    rows = view.rows
+    assert rows is not None
+    start, limit, _ = rows.slices[axis] or (0, rows.leaf.shape[axis], 1)
+    if len(rows.axes[axis]) != 1 or (start, limit, 1) == far:
+        return view
+    (label,) = rows.axes[axis]
+    own = next(s for s in view.seen if s.label is label)
+    wide = _through((start - far[0], limit - far[0], 1), far[1] - far[0], own)
+    if wide is None:
+        return view
+    axes = (*rows.axes[:axis], (wide.label,), *rows.axes[axis + 1 :])
+    slices = (*rows.slices[:axis], far, *rows.slices[axis + 1 :])
+    rows = dataclasses.replace(rows, axes=axes, slices=slices)
+    seen = tuple(wide if s is own else s for s in view.seen)
+    return dataclasses.replace(view, rows=rows, seen=seen)
 
 
 def _data(view: View) -> object:
