@@ -289,6 +289,7 @@ APPLY = {
     "repeat": lambda x, p, times: functools.reduce(
         lambda x, axis: jnp.repeat(x, times, axis), range(1, x.ndim - 1), x
     ),
+    "wrap": lambda x, p, *pads: jnp.pad(x, [(0, 0), *[pads] * (x.ndim - 2), (0, 0)], mode="wrap"),
     "cut": lambda x, p, start, step: x[:, start::step],
     "joined": lambda x, p, size: jnp.concatenate(
         [conv(x, p, padding=(size // 2, size // 2)), x], -1
@@ -317,7 +318,7 @@ def space_after(size, taps, stride, pads, spread, dilation):
 def layers(draw, n, size, channels):
     """An operation on ``n`` axes of this size, with the size and channels that it leaves."""
     few, pads = st.integers(1, 2), st.integers(0, 2)
-    name = draw(st.sampled_from(["conv"] * 6 + ["repeat"] * 2 + [*APPLY]))
+    name = draw(st.sampled_from(["conv"] * 6 + ["repeat", "wrap"] + [*APPLY]))
     if name in ("bias", "gain"):
         return Layer(name, (channels,), ()), size, channels
     if name == "branches":
@@ -329,6 +330,9 @@ def layers(draw, n, size, channels):
     if name == "repeat":
         times = draw(st.integers(2, 3))
         return Layer(name, (), (times,)), times * size, channels
+    if name == "wrap":
+        low, high = draw(pads), draw(pads)
+        return Layer(name, (), (low, high)), size + low + high, channels
     if name == "pad":
         low, high, inside = draw(pads), draw(st.integers(-1, 1)), draw(st.integers(0, 1))
         made = size + low + high + inside * (size - 1)
@@ -371,7 +375,7 @@ def run(found, params, x):
 
 
 @given(chains())
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 def test_random_chains_have_the_values_and_gradients_of_backprop(chain):
     start, found = chain
 

@@ -400,6 +400,24 @@ def decoder(channels):
     return *linen(Decoder(), batch), batch
 
 
+class Circular(nn.Module):
+    """A pointwise map to more channels, then circular kernels of two sizes and a pointwise one."""
+
+    @nn.compact
+    def __call__(self, x):
+        c = x.shape[-1]
+        h = conv(4 * c, 1, use_bias=True)(x)
+        branches = [conv(c, s, padding="CIRCULAR", use_bias=True)(h) for s in (3, 5, 1)]
+        return nn.relu(sum(branches))
+
+
+@network("all")
+def circular(channels):
+    """Parallel circular kernels behind an expansion: one kernel."""
+    batch = images(channels)
+    return *linen(Circular(), batch), batch
+
+
 @network("all")
 def tied_autoencoder(channels):
     """A linear code made and read by one kernel, its channels exchanged."""
