@@ -20,7 +20,8 @@ from fcjax.expressions.terms import Expr, Factor, Label, Leaf, Term
 from fcjax.merging.ahead import digest
 from fcjax.merging.diagonals import Identity, absorbed
 from fcjax.planning.contraction import Order, members
-from fcjax.planning.kernels import Place, Taps, has_taps
+from fcjax.planning.grids import Place, Taps
+from fcjax.planning.kernels import has_taps
 from fcjax.planning.parts import (
     Convolution,
     Linear,

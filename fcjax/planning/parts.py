@@ -18,7 +18,7 @@ import dataclasses
 from fcjax.expressions.terms import Expr, Factor, Label, Term, Window
 from fcjax.planning import kernels
 from fcjax.planning.contraction import Cost, Order
-from fcjax.planning.kernels import Grid, Place
+from fcjax.planning.grids import Grid, Place
 from fcjax.planning.squares import Square
 
 __all__ = [

@@ -20,7 +20,7 @@ from fcjax.expressions import windows
 from fcjax.expressions.terms import Expr, Label
 from fcjax.planning import contraction
 from fcjax.planning.contraction import Cost, Operand
-from fcjax.planning.kernels import Grid, Place, Taps
+from fcjax.planning.grids import Grid, Place, Taps
 from fcjax.planning.parts import Convolution, Phases, Recipe
 from fcjax.planning.roles import effective_weight
 

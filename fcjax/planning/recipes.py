@@ -11,6 +11,7 @@ from fcjax.expressions.terms import Expr, Term, Unrepresentable
 from fcjax.planning import contraction, kernels
 from fcjax.planning.contraction import Cost, Operand
 from fcjax.planning.effective import in_separate_orders, one_product, through_one_weight
+from fcjax.planning.grids import share
 from fcjax.planning.kernels import View
 from fcjax.planning.moments import mean_square, row_square
 from fcjax.planning.parts import Convolution, Option, Part, Product, Recipe
@@ -173,7 +174,7 @@ def _joining(
 
 def _convolution(views: tuple[View, ...], expr: Expr, runs: float) -> Option | None:
     """All terms of a group through one kernel, if there is one."""
-    shared, kept = kernels.share(views), views[0].kept
+    shared, kept = share(views), views[0].kept
     if shared is None:
         return None
     built = [

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fcjax.planning.kernels import Grid
+from fcjax.planning.grids import Grid
 
 __all__ = ["convolve", "place", "placing"]
 

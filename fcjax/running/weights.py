@@ -10,7 +10,7 @@ from jax import Array
 
 from fcjax.expressions.terms import Expr, Factor, Label
 from fcjax.planning.contraction import Order, members
-from fcjax.planning.kernels import Taps
+from fcjax.planning.grids import Taps
 from fcjax.planning.parts import (
     Convolution,
     Linear,
