@@ -260,6 +260,7 @@ def strides(axis: Axis) -> list[tuple[Label, int]]:
     """The labels of an axis, each with what its index adds to that of the axis.
 
     Example:
+      >>> from fcjax.expressions.terms import Label, strides
       >>> [by for _, by in strides((Label(5), Label(3), Label(2)))]
       [6, 3, 1]
     """
