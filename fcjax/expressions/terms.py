@@ -262,7 +262,7 @@ def strides(axis: Axis) -> list[tuple[Label, int]]:
     Example:
       >>> from fcjax.expressions.terms import Label, strides
       >>> [by for _, by in strides((Label(5), Label(3), Label(2)))]
-      [6, 3, 1]
+      [6, 2, 1]
     """
     inner = [math.prod(x.size for x in axis[i + 1 :]) for i in range(len(axis))]
     return list(zip(axis, inner, strict=True))
