@@ -374,9 +374,10 @@ class UNet(nn.Module):
         return conv(c, 3, use_bias=True)(jnp.concatenate([x, up], axis=-1))
 
 
-@network("Conv_2/kernel", "ConvTranspose_0/bias", "ConvTranspose_0/kernel")
+@network("Conv_2/kernel", "Conv_3/kernel", "Conv_3/bias",
+         "ConvTranspose_0/bias", "ConvTranspose_0/kernel")  # fmt: skip
 def u_net(channels):
-    """A U-Net with a transposed convolution and a pointwise one behind it."""
+    """A U-Net whose transposed convolution meets what follows by phases."""
     batch = images(channels)
     return *linen(UNet(), batch), batch
 
