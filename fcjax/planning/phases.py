@@ -29,7 +29,7 @@ __all__ = ["convolved", "in_phases"]
 INTERLEAVING = 4.0
 """How many times the traffic of a result its interleaving takes: on two CPU cores, three taps over
 rows repeated twice took 0.8 of the time of the same as written for 32 or 64 channels to as many,
-0.6 for 64 to 16, 1.2 for 16 to 64."""
+0.7 for 64 to 16, 1.2 for 16 to 64."""
 
 Axis = tuple[Grid, Phases, tuple[Taps, ...]]
 
