@@ -408,6 +408,63 @@ def with_batch_norm(name: str, module: nn.Module, channels: int) -> Network:
     )
 
 
+def decoded(params: list[Array], code: Array) -> Array:
+    """A decoder: a pointwise map, then thrice relu, nearest upsampling and a 3x3 kernel."""
+    x = convolve(code, params[0])
+    for kernel in params[1:]:
+        count, height, width, channels = x.shape
+        up = (count, 2 * height, 2 * width, channels)
+        x = convolve(jax.image.resize(nn.relu(x), up, "nearest"), kernel)
+    return x
+
+
+def by_phases(x: Array, kernel: Array) -> Array:
+    """A 3x3 kernel over upsampled rows as 2x2 kernels of four phases over the rows themselves.
+
+    In place 2 p + q - 1 a kernel's entry k stands on row p + t - 1 where ``2 t + u = q + k``.
+    """
+    along = [[[(q + k) // 2 == t for t in (0, 1)] for q in (0, 1)] for k in (0, 1, 2)]
+    place = jnp.asarray(along, x.dtype)
+    phases = jnp.einsum("abcf,apy,bqx->yxcpqf", kernel, place, place, precision="highest")
+    wide = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    made = jax.lax.conv_general_dilated(
+        wide,
+        phases.reshape(2, 2, x.shape[-1], -1),
+        (1, 1),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    count, height, width, _ = made.shape
+    made = made.reshape(count, height, width, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
+    return made.reshape(count, 2 * height, 2 * width, -1)[:, 1:-1, 1:-1]
+
+
+def decoded_by_phases(params: list[Array], code: Array) -> Array:
+    """The same decoder without upsampled activations."""
+    x = convolve(code, params[0])
+    for kernel in params[1:]:
+        x = by_phases(nn.relu(x), kernel)
+    return x
+
+
+def upsample() -> Network:
+    """32 codes of 8 x 8 x 128 to images of 64 x 64 x 3."""
+    params = [conv_kernel(4, 1, 1, 128, 128)]
+    widths = (128, 64, 32, 3)
+    params += [conv_kernel(5 + i, 3, 3, *pair) for i, pair in enumerate(itertools.pairwise(widths))]
+    return Network(
+        "upsample",
+        decoded,
+        params,
+        normal(1, 32, 8, 8, 128),
+        normal(3, 32, 64, 64, 3),
+        squared_error,
+        Bar(speedup=1.3, memory=1.0, residuals=True, limit=1.1),
+        prediction=1.6,
+        limit=decoded_by_phases,
+    )
+
+
 class ConvNext(nn.Module):
     """ConvNeXt blocks: depthwise 7x7, LayerNorm, pointwise up, gelu, pointwise down, LayerScale."""
 
@@ -776,6 +833,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "lora-256": lambda: adapters("lora-256", 256, 8, 16384, 1.07),
     "expandnet": expand_net,
     "repvgg": rep_vgg,
+    "upsample": upsample,
     "convnext": conv_next,
     "mobile-bottleneck": lambda: with_batch_norm("mobile-bottleneck", MobileBottleneck(), 16),
     "resnet-bottleneck": lambda: with_batch_norm("resnet-bottleneck", ResidualBottleneck(), 128),

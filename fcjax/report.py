@@ -149,13 +149,14 @@ class _Findings:
                 self.hoisted.update(dict.fromkeys(paths, table))
 
     def _decline(self, plan: Plan, change: Change, names: Origins) -> None:
-        ratio = change.after.time / max(change.before.time, 1.0)
+        before, after = change.before, change.after
+        ratio = max(after.time / max(before.time, 1.0), after.flops / max(before.flops, 1.0))
         touched = [plan.bases[v] for v in (*change.roots, *change.gone) if v in plan.bases]
         group = set().union(*(_paths(expr, names) for expr in touched))
         if all(plan.known[v].of == "param" for v in change.gone):  # a product of weights, formed
             self.written.update({path: group - {path} for path in group})  # as written
             return
-        for path in group:
+        for path in group if len(group) > 1 else ():
             best = self.declined.get(path)
             if best is None or ratio < best[0]:
                 self.declined[path] = (ratio, group - {path})

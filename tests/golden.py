@@ -111,8 +111,8 @@ ZOO = {
     # normalisations
     "layer_norm_then_dense": golden("LayerNorm_0 Dense_1", alone="Dense_0"),
     "rms_norm_then_dense": golden("RMSNorm_0 Dense_1", alone="Dense_0"),
-    "group_norm_then_dense": golden(  # each group of channels has its scale: it cannot be deferred
-        alone="GroupNorm_0 Dense_0", dearer="Dense_1"
+    "group_norm_then_dense": golden(  # a scale for each group is not deferred; the gain moves on
+        "GroupNorm_0 Dense_1", alone="Dense_0"
     ),
     "layer_norm_then_chain": golden("*"),
     "dense_norm_dense": golden(
@@ -149,7 +149,7 @@ ZOO = {
         "BatchNorm_0/bias Dense_1", alone="BatchNorm_0/scale Dense_0"
     ),
     # attention
-    "attention": golden(alone="*"),
+    "attention": golden(dearer="*"),
     "transformer_block": golden(
         "LayerNorm_0 MultiHeadDotProductAttention_0/query",
         "LayerNorm_0 MultiHeadDotProductAttention_0/key",
@@ -299,9 +299,11 @@ CONVOLUTIONS = {
     "conv_next": golden(  # Dense_1 is four times as wide as the norm
         "Dense_0 gamma", alone="Conv_0", dearer="LayerNorm_0 Dense_1"
     ),
-    "u_net": golden(  # Conv_3 pads what the others give; apart from them it would be two kernels
-        "ConvTranspose_0 Conv_2", alone="Conv_0 Conv_1", dearer="Conv_3"
+    "u_net": golden(  # what the transposed convolution gives meets Conv_3 by phases
+        "ConvTranspose_0 Conv_2 Conv_3", alone="Conv_0 Conv_1"
     ),
+    "decoder": golden("Conv_1", alone="Conv_0 Conv_2"),  # by phases of the small rows
+    "circular": golden("*"),
     "tied_autoencoder": golden("kernel"),
     "nnx_rep": golden("point norms", "up space down", alone="wide"),
 }
@@ -350,7 +352,7 @@ BLOCKS = {
     # patch gives far more channels than it reads, so norm_1 and the stream are formed from patches;
     # a mean over tokens, each of which norm scales, is no linear map of what norm reads
     "mlp_mixer": golden(
-        "patch norm_1", "patch down_1", "norm_2 up_2", alone="down_2 norm head", dearer="up_1"
+        "patch norm_1", "patch down_1", "norm_2 up_2", alone="up_1 down_2 norm head"
     ),
     "scanned_feed_forward": golden("stack/norm stack/up", alone="stack/down head"),
     "nnx_scan_over_blocks": golden(
@@ -364,7 +366,7 @@ BLOCKS = {
         sizes=(64,),
     ),
     "mixture_of_experts": golden(  # the experts' own bases, of 64 + 64 + 1, are not looked for
-        "up down", alone="head", dearer="gate", sizes=(64,)
+        "up down", alone="gate head", sizes=(64,)
     ),
     "batch_norm_over_a_mapped_axis": golden(
         "up mid",

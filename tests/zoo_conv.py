@@ -344,9 +344,46 @@ class UNet(nn.Module):
 
 @network
 def u_net(channels=CHANNELS):
-    """A U-Net with a transposed convolution and a pointwise one behind it."""
+    """A U-Net whose transposed convolution meets what follows by phases."""
     batch = images(channels)
     return *linen(UNet(), batch), batch
+
+
+class Decoder(nn.Module):
+    """A code of half the size, then nearest upsampling and two 3x3 convolutions."""
+
+    @nn.compact
+    def __call__(self, x):
+        count, *sides, c = x.shape
+        code = nn.relu(conv(4 * c, 3, strides=2, use_bias=True)(x))
+        up = jax.image.resize(code, (count, *sides, 4 * c), "nearest")
+        h = nn.relu(conv(2 * c, 3, use_bias=True)(up))
+        return conv(c, 3, use_bias=True)(h)
+
+
+@network
+def decoder(channels=CHANNELS):
+    """A decoder with nearest upsampling, whose kernel meets the code by phases."""
+    batch = images(channels)
+    return *linen(Decoder(), batch), batch
+
+
+class Circular(nn.Module):
+    """A pointwise map to more channels, then circular kernels of two sizes and a pointwise one."""
+
+    @nn.compact
+    def __call__(self, x):
+        c = x.shape[-1]
+        h = conv(4 * c, 1, use_bias=True)(x)
+        branches = [conv(c, s, padding="CIRCULAR", use_bias=True)(h) for s in (3, 5, 1)]
+        return nn.relu(sum(branches))
+
+
+@network
+def circular(channels=CHANNELS):
+    """Parallel circular kernels behind an expansion: one kernel."""
+    batch = images(channels)
+    return *linen(Circular(), batch), batch
 
 
 @network

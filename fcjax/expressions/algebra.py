@@ -24,6 +24,7 @@ from fcjax.expressions.terms import (
     Renaming,
     Term,
     Unrepresentable,
+    Window,
     apart,
     refreshed,
 )
@@ -129,10 +130,47 @@ def _sum_term(term: Term, gone: Sequence[Label], free: frozenset[Label]) -> list
 
 def substitute(expr: Expr, var: Hashable, value: Expr) -> Expr:
     """``expr`` with the leaf ``var`` replaced by what it is."""
+    expr = _split(expr, var, value)
     terms: list[Term] = []
     for term in expr.terms:
         terms += _substitute_term(term, expr.free, var, value)
     return recentre(with_terms(expr, terms, value))
+
+
+def _split(expr: Expr, var: Hashable, value: Expr) -> Expr:
+    """``expr`` with its axes split where ``value`` splits those that are read into them.
+
+    An axis that windows make in other terms stays whole: a window puts the read one in its place.
+    """
+    for i, term in enumerate(expr.terms):
+        for k, factor in enumerate(term.factors):
+            found = _splits(factor, value) if factor.leaf.var == var else {}
+            free = {label: new for label, new in found.items() if label in expr.free}
+            if not free:
+                continue
+            if all(w.labels.isdisjoint(free) for t in expr.terms for w in t.windows):
+                return _split(expr.rename(free), var, value)
+            terms = (*expr.terms[:i], _read_apart(term, k, free), *expr.terms[i + 1 :])
+            return _split(dataclasses.replace(expr, terms=terms), var, value)
+    return expr
+
+
+def _splits(factor: Factor, value: Expr) -> dict[Label, Axis]:
+    """Into what the labels of a factor are split if ``value`` is put in its place."""
+    found: dict[Label, Axis] = {}
+    for axis, own, view in zip(factor.axes, value.dims, factor.slices, strict=True):
+        if view is None:
+            found |= refine(axis, tuple(Label(x.size) for x in own))[0]
+    return {label: new for label, new in found.items() if len(new) != 1}
+
+
+def _read_apart(term: Term, position: int, labels: Iterable[Label]) -> Term:
+    """The term with labels of its own on one factor, and windows that say they are the same."""
+    own = {label: (Label(label.size),) for label in labels}
+    same = [Window(((new, 1), (label, -1))) for label, (new,) in own.items()]
+    factors = list(term.factors)
+    factors[position] = factors[position].rename(own)
+    return Term(term.scale, tuple(factors), (*term.windows, *same))
 
 
 def _substitute_term(term: Term, free: frozenset[Label], var: Hashable, value: Expr) -> list[Term]:
@@ -148,8 +186,6 @@ def _substitute_term(term: Term, free: frozenset[Label], var: Hashable, value: E
             part.factors + rest.rename(renaming).factors,
             part.windows + rest.rename(renaming).windows,
         )
-        if any(len(renaming.get(label, (label,))) != 1 for label in free):
-            raise Unrepresentable("the value splits an axis of the result")
         missing = (factor.rename(renaming).labels - joined.labels) - free
         joined = dataclasses.replace(
             joined, scale=joined.scale * math.prod(label.size for label in missing)

@@ -39,6 +39,7 @@ __all__ = [
     "of_leaf",
     "refreshed",
     "rename_dims",
+    "strides",
 ]
 
 
@@ -95,7 +96,8 @@ class Factor:
     Attributes:
       leaf: the array.
       axes: for each axis of the leaf, the labels it is split into, outermost first.
-      slices: for each axis ``(start, limit, stride)`` or None for all of it; applied first.
+      slices: for each axis ``(start, limit, stride)`` or None for all of it; applied first. Those
+        that begin before an axis or end behind it go round it.
       centred: labels over which the mean of the view is subtracted from it.
     """
 
@@ -163,10 +165,12 @@ class Window:
         return Window(steps, self.offset + by * start)
 
     def rename(self, renaming: Renaming) -> Window:
-        """Replaces labels one for one."""
-        if any(len(renaming.get(label, (label,))) != 1 for label in self.labels):
-            raise Unrepresentable("a windowed axis cannot be split")
-        steps = tuple((renaming.get(label, (label,))[0], by) for label, by in self.steps)
+        """Replaces labels, each by those that its index is made of: ``r * i + u`` for (i, u)."""
+        steps = tuple(
+            (x, by * stride)
+            for label, by in self.steps
+            for x, stride in strides(renaming.get(label, (label,)))
+        )
         return dataclasses.replace(self, steps=steps)
 
 
@@ -245,8 +249,23 @@ class Expr:
         """Replaces labels by the labels they are split into."""
         if not renaming:
             return self
+        split = {label for label, new in renaming.items() if len(new) != 1}
+        if any(not w.labels.isdisjoint(split) for term in self.terms for w in term.windows):
+            raise Unrepresentable("a windowed axis cannot be split")
         terms = tuple(term.rename(renaming) for term in self.terms)
         return dataclasses.replace(self, dims=rename_dims(self.dims, renaming), terms=terms)
+
+
+def strides(axis: Axis) -> list[tuple[Label, int]]:
+    """The labels of an axis, each with what its index adds to that of the axis.
+
+    Example:
+      >>> from fcjax.expressions.terms import Label, strides
+      >>> [by for _, by in strides((Label(5), Label(3), Label(2)))]
+      [6, 2, 1]
+    """
+    inner = [math.prod(x.size for x in axis[i + 1 :]) for i in range(len(axis))]
+    return list(zip(axis, inner, strict=True))
 
 
 def rename_dims(dims: Dims, renaming: Renaming) -> Dims:

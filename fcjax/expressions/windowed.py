@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from fcjax.expressions import windows
+from fcjax.expressions.circular import goes_round, joined_round, sliced_round
 from fcjax.expressions.layout import aligned_axes
 from fcjax.expressions.like_terms import with_terms
 from fcjax.expressions.terms import (
@@ -20,6 +21,7 @@ from fcjax.expressions.terms import (
     Window,
     fresh_dims,
     refreshed,
+    strides,
 )
 
 __all__ = ["concatenate", "resolved", "slice_axis", "unfold"]
@@ -37,7 +39,8 @@ def slice_axis(expr: Expr, axis: int, start: int, limit: int, stride: int = 1) -
     dims = tuple(new if i == axis else dim for i, dim in enumerate(expr.dims))
     free = frozenset(itertools.chain.from_iterable(dims))
     view = (start, limit, stride)
-    terms = tuple(resolved(_slice_term(term, label, new, view), free) for term in expr.terms)
+    cut = sliced_round if goes_round(view, label.size) else _slice_term
+    terms = tuple(resolved(cut(term, label, new, view), free) for term in expr.terms)
     return dataclasses.replace(expr, dims=dims, terms=terms)
 
 
@@ -56,26 +59,33 @@ def _slice_factor(factor: Factor, label: Label, new: Axis, view: tuple[int, int,
     if label in factor.centred or any(label in axis and axis != (label,) for axis in factor.axes):
         raise Unrepresentable("a slice across a split or centred axis")
     slices = tuple(
-        _compose_slices(old, view) if axis == (label,) else old
-        for axis, old in zip(factor.axes, factor.slices, strict=True)
+        _compose_slices(old, view, size) if axis == (label,) else old
+        for axis, old, size in zip(factor.axes, factor.slices, factor.leaf.shape, strict=True)
     )
     axes = tuple(new if axis == (label,) else axis for axis in factor.axes)
     return dataclasses.replace(factor, axes=axes, slices=slices)
 
 
 def _compose_slices(
-    first: tuple[int, int, int] | None, second: tuple[int, int, int]
-) -> tuple[int, int, int]:
+    first: tuple[int, int, int] | None, second: tuple[int, int, int], size: int
+) -> tuple[int, int, int] | None:
     if first is None:
         return second
     start, _, stride = first
     begin, limit, step = second
     last = start + (limit - 1) * stride
-    return (start + begin * stride, last + 1, stride * step)
+    both = (start + begin * stride, last + 1, stride * step)
+    return None if both == (0, size, 1) else both
 
 
 def concatenate(parts: Sequence[Expr], axis: int) -> Expr:
-    """Joins along ``axis``: each part carries a window that puts it at its offset."""
+    """Joins along ``axis``: each part carries a window that puts it at its offset.
+
+    Slices of one array that go round an axis of it, as circular padding does, are a view of it.
+    """
+    around = joined_round(parts, axis)
+    if around is not None:
+        return around
     parts = [refreshed(part) for part in parts]
     others = [i for i in range(len(parts[0].dims)) if i != axis]
     for _ in range(2):  # a later part may refine an axis that earlier ones had whole
@@ -101,7 +111,9 @@ def unfold(
 ) -> Expr:  # fmt: skip
     """What a window sees: ``result[..., o, ..., k] = expr[..., i, ...]``, zero where there is no i.
 
-    With ``spread * i = stride * o + dilation * k + offset``; the axis of ``k`` comes last.
+    With ``spread * i = stride * o + dilation * k + offset``; the axis of ``k`` comes last. An axis
+    may be merged from several labels if all but one of them repeat a value, as in nearest
+    upsampling.
     """
     if (out, taps, spread, stride, offset) == (expr.shape[axis], 1, 1, 1, 0):
         return dataclasses.replace(expr, dims=(*expr.dims, ()))
@@ -109,10 +121,11 @@ def unfold(
     free = frozenset((*itertools.chain.from_iterable(expr.dims), *places, *tap))
     dims = (*(places if i == axis else dim for i, dim in enumerate(expr.dims)), tap)
     read = expr.dims[axis]
-    if len(read) != 1:
+    if not read or any(len(t.labels.intersection(read)) > 1 for t in expr.terms):
         raise Unrepresentable("a window over a merged axis or one of size 1")
-    steps = [(read, spread), (places, -stride), (tap, -dilation)]
-    window = Window(tuple((x, by) for labels, by in steps for x in labels), -offset)
+    steps = [(x, spread * by) for x, by in strides(read)]
+    steps += [(x, by) for labels, by in ((places, -stride), (tap, -dilation)) for x in labels]
+    window = Window(tuple(steps), -offset)
     terms = [
         resolved(dataclasses.replace(t, windows=(*t.windows, window)), free - {*read})
         for t in expr.terms

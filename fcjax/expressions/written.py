@@ -29,6 +29,8 @@ Kinds = Callable[[Body, Sequence[Kind]], dict[Value, Kind]]
 
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "reduce_window_sum"})
 """Primitives whose operands are computed in the network as written."""
+WHOLE = frozenset({"pad", "concatenate"})
+"""Primitives that copy their operands, so that a repeated value is computed before them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,6 +144,7 @@ class _Reader:
     def __init__(self, body: Body, known: dict[Value, Kind]) -> None:
         self.known = known
         self.readers, self.operands = _count_readers(body), _operands(body)
+        self.copied = _copied(body)
         self.scaled = _scaled(body, known)
         self.made_of_params = _made_of_params(body, known)
         self.seen: dict[Value, Expr] = {}
@@ -176,7 +179,8 @@ class _Reader:
                 continue
             self.seen[made_value] = expr
             scaled = made_value in self.scaled and expr.has_data and _is_product(expr)
-            cut = scaled or _is_cut(made_value, expr, self.readers, self.operands)
+            repeated = made_value in self.copied and _repeats(expr)
+            cut = repeated or scaled or _is_cut(made_value, expr, self.readers, self.operands)
             if made_value in self.hard or cut:
                 self._compute(made_value)
 
@@ -337,6 +341,22 @@ def _operands(body: Body) -> set[Value]:
         if views or equation.name in PRODUCTS:
             found.update(equation.values)
     return found
+
+
+def _copied(body: Body) -> set[Value]:
+    """Values that a product reads itself, or that are copied into one that it reads."""
+    found: set[Value] = set()
+    for equation in reversed(body.equations):
+        read = not found.isdisjoint(v for v in equation.outputs if v)
+        if equation.name in PRODUCTS or (equation.name in WHOLE and read):
+            found.update(equation.values)
+    return found
+
+
+def _repeats(expr: Expr) -> bool:
+    """Whether data are repeated along an axis, as in nearest upsampling."""
+    merged = {x for axis in expr.dims if len(axis) > 1 for x in axis}
+    return expr.has_data and any(not merged <= term.labels for term in expr.terms)
 
 
 def _made_of_params(body: Body, known: dict[Value, Kind]) -> set[Value]:

@@ -20,7 +20,8 @@ from fcjax.expressions.terms import Expr, Factor, Label, Leaf, Term
 from fcjax.merging.ahead import digest
 from fcjax.merging.diagonals import Identity, absorbed
 from fcjax.planning.contraction import Order, members
-from fcjax.planning.kernels import Place, has_taps
+from fcjax.planning.grids import Place, Taps
+from fcjax.planning.kernels import has_taps
 from fcjax.planning.parts import (
     Convolution,
     Linear,
@@ -105,11 +106,11 @@ class Kernel:
         names = []
         for weight, place in zip(self.part.weights, self.part.places, strict=True):
             numbers = {label: i for i, label in enumerate(self.part.weight_labels)}
-            for x in itertools.chain(*([x for x, _ in steps] for steps, _ in place.taps)):
+            for x in itertools.chain(*([x for x, _ in taps.steps] for taps in place.taps)):
                 numbers.setdefault(x, len(numbers))
             for x in itertools.chain(*place.diagonal):
                 numbers.setdefault(x, len(numbers))
-            taps = [([(numbers[x], by) for x, by in steps], low) for steps, low in place.taps]
+            taps = [([(numbers[x], by) for x, by in t.steps], t.low, t.every) for t in place.taps]
             diagonal = [(numbers[x], numbers[y]) for x, y in place.diagonal]
             names.append((_term_name(weight.term, numbers, leaves), taps, diagonal))
         sizes = [label.size for label in self.part.weight_labels]
@@ -219,7 +220,7 @@ class _Lowering:
         leaf = Leaf(value, "param", shape, self.expr.dtype, trainable=False)
         axes = tuple((label,) if label.size > 1 else () for label in part.weight_labels)
         weight = Product(Term(1.0, (Factor(leaf, axes, (None,) * len(axes)),)), 0)
-        taps = tuple((((g.tap, 1),) if g.tap is not None else (), 0) for g in part.grids)
+        taps = tuple(Taps(((g.tap, 1),) if g.tap is not None else (), 0) for g in part.grids)
         return dataclasses.replace(part, weights=(weight,), places=(Place(taps, ()),))
 
     def weight(self, part: MeanSquare) -> Product:

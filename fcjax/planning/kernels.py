@@ -1,9 +1,8 @@
-"""How terms with windows meet the data: through one kernel for all that see it on the same grid.
+"""How terms with windows meet the data: as kernels over rows.
 
 A term ``sum x[n, i, e] A[a, e, m] B[b, m, c]`` with ``i = o + a + b - 2`` is a convolution of x by
-the kernel whose entry at ``t = a + b`` adds up the products of taps at that place. Branches whose
-kernels have other sizes stand on the same grid of taps; a branch that keeps the channels, such as
-an identity or a depthwise kernel, is a diagonal of it. Nothing is computed here.
+the kernel whose entry at ``t = a + b`` adds up the products of taps at that place. Nothing is
+computed here.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from fcjax.expressions import windows
-from fcjax.expressions.terms import Axis as Labels
+from fcjax.expressions.circular import goes_round
 from fcjax.expressions.terms import Factor, Label, Term, Unrepresentable, Window
 
-__all__ = ["Grid", "Place", "Shared", "View", "computed_over", "has_taps", "share", "view"]
+__all__ = ["Seen", "View", "computed_over", "has_taps", "through", "view"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +141,7 @@ def _rows_among(
     A convolution is symmetric in what it reads and its kernel, so either could be called the rows.
     """
     largest = {
-        max((x for x, _ in w.steps if x not in free), key=lambda x: x.size)
+        _largest(w, (x for x, _ in w.steps if x not in free), free)
         for w in relations
         if len(w.steps) > 2
     }
@@ -160,7 +159,16 @@ def _read(
     read = [x for x in bound if x in rows] or [x for x in bound if x not in known]
     if not read or (len(read) > 1 and read[0] in rows):
         raise Unrepresentable("a window over kernels alone, or over two axes of the same data")
-    return max(read, key=lambda x: x.size)
+    return _largest(window, read, free)
+
+
+def _largest(window: Window, among: Iterable[Label], free: frozenset[Label]) -> Label:
+    """The largest label, if possible on the other side of the relation than that of the value.
+
+    There stand the rows: ``spread * read = stride * out + dilation * tap``.
+    """
+    out = sum(by for x, by in window.steps if x in free)
+    return max(among, key=lambda x: (window.by(x) * out < 0, x.size))
 
 
 def _seen(label: Label, window: Window | None, free: frozenset[Label]) -> Seen:
@@ -182,8 +190,10 @@ def _unsliced(rows: Factor, seen: tuple[Seen, ...]) -> tuple[Factor, tuple[Seen,
     found = {s.label: s for s in seen}
     axes, slices = list(rows.axes), list(rows.slices)
     for axis, cut in enumerate(rows.slices):
-        labels = rows.axes[axis]
-        whole = _through(cut, rows.leaf.shape[axis], found[labels[0]]) if cut and labels else None
+        labels, size = rows.axes[axis], rows.leaf.shape[axis]
+        if cut is None or not labels or goes_round(cut, size):
+            continue
+        whole = through(cut, size, found[labels[0]])
         if whole is not None:
             found[labels[0]] = whole
             axes[axis], slices[axis] = (whole.label,), None
@@ -191,8 +201,8 @@ def _unsliced(rows: Factor, seen: tuple[Seen, ...]) -> tuple[Factor, tuple[Seen,
     return rows, tuple(found.values())
 
 
-def _through(cut: tuple[int, int, int], size: int, seen: Seen) -> Seen | None:
-    """``seen`` of the whole axis that is sliced, if no place outside the slice comes into it."""
+def through(cut: tuple[int, int, int], size: int, seen: Seen) -> Seen | None:
+    """``seen`` of all the places of an axis that is cut, if nothing of the others comes into it."""
     if seen.out is None:
         return None
     start, _, step = cut
@@ -206,170 +216,3 @@ def _through(cut: tuple[int, int, int], size: int, seen: Seen) -> Seen | None:
     spread, stride, offset, *dilations = (number // common for number in numbers)
     taps = tuple((x, by) for (x, _), by in zip(seen.taps, dilations, strict=True))
     return Seen(Label(size), seen.out, spread, stride, taps, offset)
-
-
-# --- several terms over the same rows -----------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """One axis of a convolution: ``spread * read = stride * out + dilation * tap + low``.
-
-    Attributes:
-      read: the label of the rows.
-      out: the label of the value.
-      tap: the label of the kernel; None if it has one place only.
-      spread: dilation of the rows.
-      stride: between two places of the value.
-      dilation: between two taps.
-      low: the place of the first tap for the first place of the value.
-    """
-
-    read: Label
-    out: Label
-    tap: Label | None
-    spread: int
-    stride: int
-    dilation: int
-    low: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a product of weights stands in the kernel.
-
-    Attributes:
-      taps: for each axis of the grid the taps of the product with their distances, and the place
-        of the first, in units of the grid.
-      diagonal: pairs of a summed channel and the one of the value that equals it.
-    """
-
-    taps: tuple[tuple[tuple[tuple[Label, int], ...], int], ...]
-    diagonal: tuple[tuple[Label, Label], ...]
-
-    @property
-    def labels(self) -> frozenset[Label]:
-        """The taps of the product."""
-        return frozenset(x for steps, _ in self.taps for x, _ in steps)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shared:
-    """Terms over the same rows as one convolution.
-
-    Attributes:
-      rows: the data factor; None for ones.
-      ones: labels along which the rows are repeated.
-      grids: the axes of space.
-      weights: for each term what its rows are multiplied with.
-      places: for each term where that stands in the kernel.
-    """
-
-    rows: Factor | None
-    ones: Labels
-    grids: tuple[Grid, ...]
-    weights: tuple[Term, ...]
-    places: tuple[Place, ...]
-
-    @property
-    def on_rows(self) -> frozenset[Label]:
-        """The labels of the rows."""
-        own = self.rows.labels if self.rows is not None else frozenset[Label]()
-        return own.union(self.ones)
-
-    @property
-    def seen(self) -> frozenset[Label]:
-        """The labels of the rows, with those of the value for those of space."""
-        reads = {g.read: g.out for g in self.grids}
-        return frozenset(reads.get(x, x) for x in self.on_rows)
-
-    @property
-    def is_assembled(self) -> bool:
-        """Whether the kernel is more than one product with its own taps."""
-        composed = any(len(steps) > 1 for place in self.places for steps, _ in place.taps)
-        return len(self.weights) > 1 or composed
-
-    def _channels(self, kept: frozenset[Label]) -> frozenset[Label]:
-        return (self.on_rows | kept).difference(g.read for g in self.grids)
-
-    def inside(self, i: int, kept: frozenset[Label]) -> frozenset[Label]:
-        """The labels over which a product is computed; the value is computed over ``kept``."""
-        return self.weights[i].labels & (self._channels(kept) | self.places[i].labels)
-
-    def labels(self, kept: frozenset[Label], order: Labels) -> Labels:
-        """The axes of the kernel: taps, channels as the rows have them, those of the value."""
-        inside = {x for w in self.weights for x in w.labels & self._channels(kept)}
-        inside |= {x for place in self.places for pair in place.diagonal for x in pair}
-        rows = tuple(itertools.chain(*self.rows.axes)) if self.rows is not None else ()
-        first = (*rows, *(x for x in order if x not in rows))
-        rest = sorted(inside, key=lambda x: first.index(x) if x in first else len(first))
-        return (*(g.tap for g in self.grids if g.tap is not None), *rest)
-
-
-def share(views: Sequence[View]) -> Shared | None:
-    """Several terms as one convolution, or None if they see different data or another grid."""
-    first = views[0]
-    if len(views) > 1 and any(_data(v) != _data(first) or v.windows for v in views):
-        return None
-    columns = list(zip(*(v.seen for v in views), strict=True))
-    if not all(map(_alike, columns)):
-        return None
-    labels = [_common(column) for column in columns]
-    grids = [_grid(column, x) for column, x in zip(columns, labels, strict=True)]
-    renamed = [
-        {s.label: (x,) for s, x in zip(v.seen, labels, strict=True) if s.out is None} for v in views
-    ]
-    places = tuple(_place(v, labels, grids) for v in views)
-    rows = first.rows
-    if rows is not None:
-        rows = rows.rename({s.label: (x,) for s, x in zip(first.seen, labels, strict=True)})
-    on_rows = rows.labels if rows is not None else frozenset[Label]()
-    return Shared(
-        rows,
-        tuple(x for x in labels if x not in on_rows),
-        tuple(g for g in grids if g is not None),
-        tuple(v.weights.rename(r) for v, r in zip(views, renamed, strict=True)),
-        places,
-    )
-
-
-def _data(view: View) -> object:
-    """Equal for views of the same data, up to the names of labels."""
-    if view.rows is None:
-        return view
-    sizes = tuple(tuple(x.size for x in axis) for axis in view.rows.axes)
-    return view.rows.leaf.var, view.rows.slices, sizes, len(view.seen)
-
-
-def _alike(column: Sequence[Seen]) -> bool:
-    """Whether terms read a label on the same grid, or some sum over it and others keep it."""
-    grids = {(s.out, s.spread, s.stride) for s in column if s.out is not None}
-    mixed = any(s.out is None for s in column) and grids
-    return len(grids) <= 1 and not (mixed and any(s.out and not s.is_plain for s in column))
-
-
-def _common(column: Sequence[Seen]) -> Label:
-    """The label of the shared rows: a summed one, one of space, or the value's own."""
-    return next((s.label for s in column if s.out is None or not s.is_plain), column[0].label)
-
-
-def _grid(column: Sequence[Seen], label: Label) -> Grid | None:
-    (s, *_) = column
-    if s.out is None or any(x.out is None for x in column) or all(x.is_plain for x in column):
-        return None
-    positions = [windows.values([(x.size, by) for x, by in o.taps], o.offset) for o in column]
-    low, dilation, count = windows.tap_grid(positions)
-    tap = Label(count) if count > 1 else None
-    return Grid(label, s.out, tap, s.spread, s.stride, dilation, low)
-
-
-def _place(view: View, labels: Sequence[Label], grids: Sequence[Grid | None]) -> Place:
-    taps = []
-    diagonal = []
-    for s, label, grid in zip(view.seen, labels, grids, strict=True):
-        if grid is not None:
-            steps = tuple((x, by // grid.dilation) for x, by in s.taps)
-            taps.append((steps, (s.offset - grid.low) // grid.dilation))
-        elif s.out is not None and s.out is not label:
-            diagonal.append((label, s.out))
-    return Place(tuple(taps), tuple(diagonal))

@@ -18,7 +18,7 @@ import dataclasses
 from fcjax.expressions.terms import Expr, Factor, Label, Term, Window
 from fcjax.planning import kernels
 from fcjax.planning.contraction import Cost, Order
-from fcjax.planning.kernels import Grid, Place
+from fcjax.planning.grids import Grid, Place
 from fcjax.planning.squares import Square
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "MeanSquare",
     "Option",
     "Part",
+    "Phases",
     "Product",
     "Recipe",
     "RowSquare",
@@ -108,6 +109,25 @@ class RowSquare:
 
 
 @dataclasses.dataclass(frozen=True)
+class Phases:
+    """An axis of space of which every ``phase.size``-th place is computed as a channel.
+
+    ``out + start = phase.size * made + phase``.
+
+    Attributes:
+      out: the label of the value.
+      made: the label of the places that are computed.
+      phase: the label of the channels; None for one.
+      start: the place before the first of the value.
+    """
+
+    out: Label
+    made: Label
+    phase: Label | None
+    start: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Convolution:
     """``rows * Z`` with ``Z`` the sum of ``weights``, each at its place among the taps.
 
@@ -118,8 +138,9 @@ class Convolution:
       weights: the products whose sum is Z.
       places: where each stands in Z.
       weight_labels: the axes of Z: taps first.
-      kept: the labels of the result.
+      kept: the labels of what is computed.
       windows: those that put the result in its place in the value.
+      phases: the axes that are computed by phases, which are interleaved afterwards.
     """
 
     rows: Factor | None
@@ -130,6 +151,13 @@ class Convolution:
     weight_labels: tuple[Label, ...]
     kept: frozenset[Label]
     windows: tuple[Window, ...]
+    phases: tuple[Phases, ...] = ()
+
+    @property
+    def is_assembled(self) -> bool:
+        """Whether the kernel is more than one product with its own taps."""
+        composed = any(len(taps.steps) > 1 for place in self.places for taps in place.taps)
+        return len(self.weights) > 1 or composed
 
 
 Part = Product | Linear | MeanSquare | RowSquare | Convolution

@@ -24,6 +24,7 @@ from fcjax.expressions.terms import Expr, Unrepresentable
 from fcjax.expressions.written import Written, is_view
 from fcjax.planning.contraction import Cost
 from fcjax.planning.parts import Recipe
+from fcjax.planning.phases import in_phases
 from fcjax.planning.recipes import recipe
 from fcjax.planning.squares import square_in
 from fcjax.planning.streams import centred
@@ -280,26 +281,23 @@ class _Search:
         gone = [v for v in move if v not in self.hard]
         before = sum((self.recipes[v].cost for v in (*affected, *gone)), Cost())
         after = sum((how.cost for how in new.values()), Cost())
-        idle = self._leaves_work({*affected, *move}, before, after) and not all(
-            map(self._is_view, move)
-        )
+        views = all(is_view(self.recipes[v].expr) for v in move)
+        idle = not views and self._saves_no_work({*affected, *move}, before, after)
         if idle or not _pays(before, after, self.objective, self.runs, for_sure=False):
-            roots = tuple(sorted(affected, key=self.order.__getitem__))
-            self.declined[move] = Change(roots, move, before, after, taken=False)
+            if any(map(_multiplies_weights, new.values())):
+                roots = tuple(sorted(affected, key=self.order.__getitem__))
+                self.declined[move] = Change(roots, move, before, after, taken=False)
             return False
         self._apply(move, gone, new)
         return True
 
-    def _leaves_work(self, values: Set[Value], before: Cost, after: Cost) -> bool:
+    def _saves_no_work(self, values: Set[Value], before: Cost, after: Cost) -> bool:
         """Whether a product of two activations would be computed otherwise for nothing.
 
-        What is multiplied into its operands must save operations; a scale or a view does not.
+        What is multiplied into its operands must save operations, which a scale does not.
         """
         saved = after.flops < (1 - MARGIN) * before.flops
         return not saved and not self.products.isdisjoint(values) and not folds_always()
-
-    def _is_view(self, value: Value) -> bool:
-        return is_view(self.recipes[value].expr)
 
     def _without(self, root: Value, move: Iterable[Value]) -> Recipe:
         expr, square = self.recipes[root].expr, self.recipes[root].square
@@ -308,7 +306,7 @@ class _Search:
                 made = self.recipes[value].expr
                 expr = algebra.substitute(expr, value, made)
                 square = square and square.substitute(value, made)
-        return recipe(expr, self.runs, square)
+        return in_phases(recipe(expr, self.runs, square), self.runs)
 
     def _apply(
         self, move: tuple[Value, ...], gone: Sequence[Value], new: dict[Value, Recipe]
@@ -341,7 +339,7 @@ class _Search:
         roots = tuple(v for v in left if v in self.changed)
         gone = tuple(v for v in group if v in self.gone)
         pays = _pays(before, after, self.objective, self.runs, for_sure=True)
-        pays = pays and not self._leaves_work(set(group), before, after)
+        pays = pays and not self._saves_no_work(set(group), before, after)
         return Change(roots, gone, before, after, pays)
 
 
@@ -359,6 +357,11 @@ def _pays(before: Cost, after: Cost, objective: Objective, runs: float, *, for_s
         return (smaller and after.time <= SLOWEST * before.time) or same
     smaller = before.held > 0 and after.held <= CLEARLY_LESS * before.held
     return after.time <= (1 + TIE if smaller else limit) * before.time
+
+
+def _multiplies_weights(how: Recipe) -> bool:
+    """Whether any term is a product of several parameters."""
+    return any(sum(not f.is_data for f in term.factors) > 1 for term in how.expr.terms)
 
 
 def _identical(a: Sequence[Recipe], b: Sequence[Recipe]) -> bool:

@@ -11,10 +11,12 @@ from fcjax.expressions.terms import Expr, Term, Unrepresentable
 from fcjax.planning import contraction, kernels
 from fcjax.planning.contraction import Cost, Operand
 from fcjax.planning.effective import in_separate_orders, one_product, through_one_weight
+from fcjax.planning.grids import share
 from fcjax.planning.kernels import View
 from fcjax.planning.moments import mean_square, row_square
 from fcjax.planning.parts import Convolution, Option, Part, Product, Recipe
-from fcjax.planning.roles import effective_weight, meets, roles, signature
+from fcjax.planning.phases import convolved
+from fcjax.planning.roles import meets, roles, signature
 from fcjax.planning.squares import Square
 
 __all__ = ["recipe"]
@@ -64,7 +66,9 @@ def _sum(expr: Expr, chosen: Sequence[Option], runs: float, square: Square | Non
     cost = sum((cost for _, cost in chosen), Cost())
     whole = _whole(expr)
     share = 1 / runs if whole.once else 1.0
-    additions = contraction.written(whole) * (_additions(parts, expr) * share)
+    repeats = not expr.free <= frozenset().union(*(t.labels for t in expr.terms))
+    writes = max(_additions(parts, expr), int(repeats))  # repeating a product writes it anew
+    additions = contraction.written(whole) * (writes * share)
     return Recipe(expr, parts, cost + additions + _gradients_added(expr), square)
 
 
@@ -170,22 +174,15 @@ def _joining(
 
 def _convolution(views: tuple[View, ...], expr: Expr, runs: float) -> Option | None:
     """All terms of a group through one kernel, if there is one."""
-    shared, kept = kernels.share(views), views[0].kept
+    shared, kept = share(views), views[0].kept
     if shared is None:
         return None
     built = [
         one_product(weight, expr, runs, shared.inside(i, kept))
         for i, weight in enumerate(shared.weights)
     ]
-    labels = shared.labels(kept, tuple(itertools.chain(*expr.dims)))
-    kernel = effective_weight(shared.weights, labels, expr)
-    trainable = shared.rows is not None and shared.rows.leaf.trainable
-    rows = Operand(shared.seen, trainable, False, np.dtype(expr.dtype).itemsize)
-    _, cost = contraction.pair(rows, kernel, kept, runs)
-    if shared.is_assembled:
-        cost = cost + contraction.written(kernel) * (1 / runs if kernel.once else 1.0)
     part = Convolution(
-        shared.rows, shared.ones, shared.grids, tuple(p for p, _ in built), shared.places, labels,
-        kept, views[0].windows,
+        shared.rows, shared.ones, shared.grids, tuple(p for p, _ in built), shared.places,
+        shared.labels(kept, tuple(itertools.chain(*expr.dims))), kept, views[0].windows,
     )  # fmt: skip
-    return (part,), sum((c for _, c in built), cost)
+    return (part,), sum((c for _, c in built), convolved(part, expr, runs))

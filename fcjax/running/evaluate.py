@@ -15,13 +15,14 @@ from fcjax.planning.parts import (
     Linear,
     MeanSquare,
     Part,
+    Phases,
     Product,
     Recipe,
     RowSquare,
     computed_over,
 )
 from fcjax.running import convolving, numerics
-from fcjax.running.named import Env, Named, ordered, pair, realised
+from fcjax.running.named import Env, Named, ordered, pair, realised, sum_out
 from fcjax.running.placing import put_in_place
 from fcjax.running.weights import Formed, product_of, weight_of, whole_weight
 
@@ -172,7 +173,8 @@ def _convolution(part: Convolution, weight: Named, expr: Expr, env: Env) -> Name
     """Convolves the rows, ordered as examples, space, channels, with the kernel Z."""
     rows = Named(jnp.ones((), expr.dtype), (), False)
     if part.rows is not None:
-        rows = realised(part.rows, env)
+        used = part.kept.union(weight.labels, (g.read for g in part.grids))
+        rows = sum_out(realised(part.rows, env), used)
     space = tuple(g.read for g in part.grids)
     on_rows = (*rows.labels, *part.ones)
     summed = tuple(x for x in weight.labels if x in on_rows and x not in part.kept)
@@ -190,7 +192,24 @@ def _convolution(part: Convolution, weight: Named, expr: Expr, env: Env) -> Name
         part.grids, _total(groups), expr.precision if rows.data else lax.Precision.HIGHEST,
     )  # fmt: skip
     labels = (*examples, *(g.out for g in part.grids), *groups, *out)
-    return Named(made.reshape([label.size for label in labels]), labels, rows.data or weight.data)
+    made = made.reshape([label.size for label in labels])
+    return _interleaved(Named(made, labels, rows.data or weight.data), part.phases)
+
+
+def _interleaved(value: Named, phases: Sequence[Phases]) -> Named:
+    """The places of the value, of which each phase has every so many."""
+    if not phases:
+        return value
+    inside = {f.made: f for f in phases}
+    channels = {f.made: (f.phase,) for f in phases if f.phase is not None}
+    among = tuple(itertools.chain(*channels.values()))
+    outer = [x for x in value.labels if x not in among]
+    axes = [(x, *channels.get(x, ())) for x in outer]
+    array = ordered(value, tuple(itertools.chain(*axes))).reshape([_total(axis) for axis in axes])
+    starts = [inside[x].start if x in inside else 0 for x in outer]
+    labels = tuple(inside[x].out if x in inside else x for x in outer)
+    ends = [start + x.size for start, x in zip(starts, labels, strict=True)]
+    return Named(lax.slice(array, starts, ends), labels, value.data)
 
 
 def _total(labels: Sequence[Label]) -> int:

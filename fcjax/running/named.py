@@ -39,6 +39,14 @@ def realised(factor: Factor, env: Env) -> Named:
         views = [
             view or (0, size, 1) for view, size in zip(factor.slices, array.shape, strict=True)
         ]
+        around = [
+            (max(-start, 0), max(limit - size, 0))
+            for (start, limit, _), size in zip(views, array.shape, strict=True)
+        ]
+        if any(map(any, around)):
+            array = jnp.pad(array, around, mode="wrap")
+            pairs = zip(views, around, strict=True)
+            views = [(start + low, limit + low, step) for (start, limit, step), (low, _) in pairs]
         array = lax.slice(array, *(list(v) for v in zip(*views, strict=True)))
     labels = tuple(itertools.chain(*factor.axes))
     array = jnp.reshape(array, [label.size for label in labels])

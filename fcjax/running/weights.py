@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 import jax.numpy as jnp
 from jax import Array
 
 from fcjax.expressions.terms import Expr, Factor, Label
 from fcjax.planning.contraction import Order, members
+from fcjax.planning.grids import Taps
 from fcjax.planning.parts import (
     Convolution,
     Linear,
@@ -120,13 +121,11 @@ def whole_weight(
 def _tap_product(part: Convolution, i: int, expr: Expr, env: Env) -> Named:
     """One of the products that a kernel is the sum of, at its place among the taps."""
     product, place = part.weights[i], part.places[i]
-    taps = place.labels
-    value = product_of(product, frozenset(part.weight_labels) | taps, expr, env)
-    for grid, (steps, low) in zip(part.grids, place.taps, strict=True):
-        if grid.tap is not None:
-            value = _at_taps(
-                value, steps, low, grid.tap, frozenset(part.weight_labels) | taps, expr
-            )
+    value = product_of(product, frozenset(part.weight_labels) | place.labels, expr, env)
+    kernel = frozenset(part.weight_labels)
+    for grid, taps in zip(part.grids, place.taps, strict=True):
+        if grid.tap is not None or taps.steps:
+            value = _at_taps(value, taps, grid.tap, kernel, expr)
     for summed, kept in place.diagonal:
         eye = Named(jnp.eye(kept.size, dtype=value.array.dtype), (summed, kept), False)
         value = pair(value, eye, frozenset(part.weight_labels), expr)
@@ -134,19 +133,22 @@ def _tap_product(part: Convolution, i: int, expr: Expr, env: Env) -> Named:
 
 
 def _at_taps(
-    value: Named, steps: Sequence[tuple[Label, int]], low: int, tap: Label, keep: frozenset[Label],
-    expr: Expr,
-) -> Named:  # fmt: skip
-    """Puts the taps of a product where they stand among those of a kernel."""
-    present = [(x, by) for x, by in steps if x in value.labels]
-    if len(steps) == 1 and present and low == 0 and present[0][0].size == tap.size:
-        labels = tuple(tap if x is present[0][0] else x for x in value.labels)
+    value: Named, taps: Taps, tap: Label | None, kernel: frozenset[Label], expr: Expr
+) -> Named:
+    """Puts the entries of a product at a tap of a kernel, whose labels are ``kernel``."""
+    own = [x for x, _ in taps.steps if x in value.labels]
+    if tap is not None and taps == Taps(tuple((x, 1) for x in own), 0) and own[0].size == tap.size:
+        labels = tuple(tap if x is own[0] else x for x in value.labels)
         return dataclasses.replace(value, labels=labels)  # it is the kernel's own grid
-    absent = [(x.size, by) for x, by in steps if x not in value.labels]
-    chosen = convolving.placing([(x.size, by) for x, by in present], absent, low, tap.size)
-    axes = (*(x for x, _ in present), tap)
+    kept = [(x, by) for x, by in taps.steps if x in own or x in kernel]
+    absent = [(x.size, by) for x, by in taps.steps if not (x in own or x in kernel)]
+    chosen = convolving.placing(
+        [(x.size, by) for x, by in kept], absent, taps.low, tap.size if tap else 1, taps.every
+    )
+    axes = (*(x for x, _ in kept), *([tap] if tap else []))
+    chosen = chosen.reshape([x.size for x in axes])
     placing = Named(jnp.asarray(chosen, value.array.dtype), axes, False)
-    return pair(value, placing, keep - frozenset(x for x, _ in present), expr)
+    return pair(value, placing, frozenset(value.labels).difference(own) | kernel, expr)
 
 
 # --- what is formed ahead -----------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 from fcjax import compat
 from fcjax.compat import JaxprEqn
 from fcjax.expressions.terms import Leaf
+from fcjax.tracing.repeats import KNOWN, repeated, repetition
 
 __all__ = [
     "INLINED",
@@ -114,6 +115,7 @@ class _Builder:
         self.inlined = inlined
         self.equations: list[Equation] = []
         self.constants: dict[int, tuple[Value, Any]] = {}
+        self.fixed: dict[Value, Equation] = {}
 
     def inline(self, jaxpr: Any, consts: Iterable[Any], names: dict[Any, Atom]) -> list[Atom]:
         for var, const in zip(jaxpr.constvars, consts, strict=True):
@@ -136,10 +138,38 @@ class _Builder:
             if number is not None:
                 names[eqn.outvars[0]] = number
                 continue
+            repeat = self._repeat(eqn, inputs)
+            if repeat is not None:
+                opened, _ = compat.open_jaxpr(repeat)
+                own = dict(zip(opened.invars, inputs[:1], strict=True))
+                names.update(zip(eqn.outvars, self.inline(opened, (), own), strict=True))
+                continue
             made = tuple(None if compat.is_dropped(v) else Value(v.aval) for v in eqn.outvars)
             names.update((v, m) for v, m in zip(eqn.outvars, made, strict=True) if m is not None)
             self.equations.append(Equation(eqn, tuple(inputs), made))
+            if eqn.primitive.name in KNOWN and all(self._is_fixed(atom) for atom in inputs):
+                self.fixed |= {v: self.equations[-1] for v in made if v is not None}
         return [read(atom) for atom in jaxpr.outvars]
+
+    def _is_fixed(self, atom: Atom) -> bool:
+        return isinstance(atom, compat.Literal) or atom in self.fixed
+
+    def _value(self, atom: Atom) -> Any:
+        """What depends on nothing, computed now."""
+        if isinstance(atom, compat.Literal):
+            return atom.val
+        equation = self.fixed[atom]
+        return compat.bind(equation.source, [self._value(a) for a in equation.inputs])[0]
+
+    def _repeat(self, eqn: JaxprEqn, inputs: Sequence[Atom]) -> Any | None:
+        """A gather as a repetition of its rows, if it is one."""
+        if eqn.primitive.name != "gather" or not self._is_fixed(inputs[1]):
+            return None
+        if compat.is_placed(eqn.invars[0].aval):
+            return None
+        with jax.ensure_compile_time_eval():
+            found = repetition(eqn, np.asarray(self._value(inputs[1])))
+        return found and repeated(eqn.invars[0].aval, *found)
 
 
 def _with_numbers(eqn: JaxprEqn, inputs: Sequence[Atom]) -> JaxprEqn:
