@@ -163,12 +163,6 @@ APART = {
                                     [(1, 1, 3, 3), (4,)]),
     "dense behind space": (lambda p, x: conv(x, p[0]).reshape(2, -1) @ p[1],
                            [(3, 3, 3, 4), (256, 3)]),
-    "groups of examples": (
-        lambda p, x: lax.conv_general_dilated(
-            conv(x, p[0]), p[1], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            batch_group_count=2),
-        [(3, 3, 3, 4), (1, 1, 4, 4)],
-    ),
 }  # fmt: skip
 
 
@@ -233,6 +227,29 @@ OTHERS = {
 def test_other_combinations_have_the_value_of_the_network_as_written(name):
     fn, shapes = OTHERS[name]
     assert_recipes_agree(lambda p, d: fn(p, d[0]), arrays(*shapes), arrays(X))
+
+
+def by_examples(x, kernel, groups=2, padding="VALID"):
+    """A convolution whose examples stand in groups, with an own part of the kernel for each."""
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        batch_group_count=groups,
+    )  # fmt: skip
+
+
+GROUPED_EXAMPLES = {
+    "behind a kernel": (lambda p, x: by_examples(conv(x, p[0]), p[1]),
+                        [(3, 3, 3, 4), (2, 2, 4, 6)]),
+    "before a pointwise map": (lambda p, x: by_examples(x, p[0], 3, "SAME") @ p[1],
+                               [(3, 2, 3, 9), (9, 2)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROUPED_EXAMPLES)
+def test_groups_of_examples_compose(name):
+    fn, shapes = GROUPED_EXAMPLES[name]
+    planned = assert_recipes_agree(lambda p, d: fn(p, d[0]), arrays(*shapes), arrays((6, 5, 5, 3)))
+    assert len(planned.recipes) == 1
 
 
 def test_response_to_a_bias_is_kept_as_a_map():
@@ -632,8 +649,6 @@ def test_what_is_no_convolution_is_refused(message):
 
 
 RULE_REFUSED = {
-    "groups of examples": lambda x: lax.conv_general_dilated(
-        x, x, (1,), "VALID", batch_group_count=2),
     "accumulates in another dtype": lambda x: lax.conv_general_dilated(
         x.astype(jnp.float32), x.astype(jnp.float32), (1,), "VALID",
         preferred_element_type=jnp.float64),

@@ -195,18 +195,15 @@ def _is_zero(expr: Expr) -> bool:
 @register("conv_general_dilated")
 def _convolution(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     """Unfolds the axes of space, then contracts taps and channels with the kernel."""
-    if eqn.params["batch_group_count"] != 1:
-        raise Unrepresentable("a convolution with groups of examples")
     wanted = eqn.params.get("preferred_element_type")
     if wanted is not None and wanted != operands[0].dtype:
         raise Unrepresentable("a product that accumulates in another dtype")
     specs = eqn.params["dimension_numbers"]
-    groups = eqn.params["feature_group_count"]
     rows, kernel = map(layout.transpose, operands, specs[:2])
-    count, channels, *space = rows.shape
-    out, _, *taps = kernel.shape
-    rows = layout.reshape(rows, (count, groups, channels // groups, *space))
-    kernel = layout.reshape(kernel, (groups, out // groups, channels // groups, *taps))
+    rows, groups = _grouped(rows, eqn)
+    count = rows.shape[0]
+    out, channels, *taps = kernel.shape
+    kernel = layout.reshape(kernel, (groups, out // groups, channels, *taps))
     places: Sequence[int] = [eqn.outvars[0].aval.shape[i] for i in specs[2][2:]]  # type: ignore[attr-defined]
     for axis, made in enumerate(places):
         rows = windowed.unfold(
@@ -221,6 +218,16 @@ def _convolution(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     result = layout.reshape(made_of, (count, out, *places))
     result = layout.transpose(result, [specs[2].index(i) for i in range(2 + n)])
     return like_terms.at_least(result, precision_of(eqn))
+
+
+def _grouped(rows: Expr, eqn: JaxprEqn) -> tuple[Expr, int]:
+    """Rows of shape ``(count, groups, channels, *space)``, grouped by channels or by examples."""
+    groups, of_examples = eqn.params["feature_group_count"], eqn.params["batch_group_count"]
+    count, channels, *space = rows.shape
+    if of_examples == 1:
+        return layout.reshape(rows, (count, groups, channels // groups, *space)), groups
+    rows = layout.reshape(rows, (of_examples, count // of_examples, channels, *space))
+    return layout.transpose(rows, (1, 0, *range(2, len(rows.dims)))), of_examples
 
 
 @register("reduce_window_sum")
