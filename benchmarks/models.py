@@ -707,9 +707,39 @@ def recurrent() -> Network:
         normal(1, 64, 128, 64),
         normal(3, 64, 64),
         squared_error,
-        Bar(),
+        Bar(speedup=10.0),
         prediction=16.0,
         limit=hoisted_recurrence,
+    )
+
+
+class Cell(nn.Module):
+    """``h <- a h + x_t B1 B2``, the sum of all states read through two more layers."""
+
+    @nn.compact
+    def __call__(self, h: Array, x: Array) -> tuple[Array, Array]:  # noqa: D102
+        width = x.shape[-1]
+        inside = nn.Dense(width, use_bias=False)(nn.Dense(16 * width, use_bias=False)(x))
+        h = self.param("decay", nn.initializers.constant(0.9), (width,)) * h + inside
+        return h, nn.Dense(width)(nn.Dense(16 * width)(h))
+
+
+def scanned_cells() -> Network:
+    """A linear recurrent layer under ``nn.scan``: width 64 through 1024, 64 rows, 128 steps."""
+    scanned = nn.scan(
+        Cell, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1
+    )()
+    batch = normal(1, 64, 128, 64)
+    params = jax.jit(scanned.init)(jax.random.key(0), jnp.zeros_like(batch[:, 0]), batch)
+    return Network(
+        "recurrent-flax",
+        lambda params, x: scanned.apply(params, jnp.zeros_like(x[:, 0]), x)[1],
+        params,
+        batch,
+        normal(3, 64, 128, 64),
+        squared_error,
+        Bar(speedup=10.0),
+        prediction=14.0,
     )
 
 
@@ -748,6 +778,40 @@ def diagonal_state_space() -> Network:
         Bar(speedup=10.0),
         prediction=16.0,
         limit=hoisted_state_space,
+    )
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def attention(params: dict[str, Array], x: Array) -> Array:
+    """One head, wider than the stream; ``x`` has shape (sequences, tokens, width)."""
+    queries, keys, values = (x @ params[name] for name in "qkv")
+    scores = jnp.einsum("bik,bjk->bij", queries, keys) / queries.shape[-1] ** 0.5
+    return jnp.einsum("bij,bjk->bik", nn.softmax(scores), values) @ params["o"]
+
+
+def folded_attention(params: dict[str, Array], x: Array) -> Array:
+    """The same, queries multiplied with keys and values with outputs first."""
+    scores = jnp.einsum("bik,bjk->bij", x @ (params["q"] @ params["k"].T), x)
+    mixed = nn.softmax(scores / params["q"].shape[-1] ** 0.5)
+    return jnp.einsum("bij,bjk->bik", mixed, x @ (params["v"] @ params["o"]))
+
+
+def wide_attention() -> Network:
+    """A head of width 1024 on a stream of width 64, 32 sequences of 128 tokens."""
+    params = {name: normal(i, 64, 1024) / 8 for i, name in enumerate("qkv")}
+    params["o"] = normal(3, 1024, 64) / 32
+    return Network(
+        "wide-attention",
+        attention,
+        params,
+        normal(1, 32, 128, 64),
+        normal(3, 32, 128, 64),
+        squared_error,
+        Bar(speedup=4.0, limit=1.1),
+        prediction=8.0,
+        limit=folded_attention,
     )
 
 
@@ -838,6 +902,8 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "mobile-bottleneck": lambda: with_batch_norm("mobile-bottleneck", MobileBottleneck(), 16),
     "resnet-bottleneck": lambda: with_batch_norm("resnet-bottleneck", ResidualBottleneck(), 128),
     "recurrent": recurrent,
+    "recurrent-flax": scanned_cells,
+    "wide-attention": wide_attention,
     "state-space": diagonal_state_space,
     "embedding-qkv": lambda: characters("embedding-qkv", False, 8.7),
     "embedding-mlp": lambda: characters("embedding-mlp", True, 42.0),
