@@ -9,7 +9,8 @@ import optax
 import pytest
 from optax import contrib
 
-from fcjax.rules.equivariance import Follows, Shrinks, Stays, equivariance, experiment
+from fcjax.rules.equivariance import equivariance, experiment
+from fcjax.rules.stand_ins import Follows, Shrinks, Stays
 
 RATE = 1e-2
 BOTH = {"orthogonal", "sign"}

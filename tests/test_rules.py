@@ -9,7 +9,8 @@ import optax
 import zoo
 
 import fcjax
-from fcjax.rules.equivariance import Shrinks, experiment
+from fcjax.rules.equivariance import experiment
+from fcjax.rules.stand_ins import Shrinks
 
 
 def apply_both(params, x):

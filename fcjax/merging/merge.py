@@ -4,7 +4,6 @@ import contextlib
 import functools
 import io
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,18 +18,18 @@ from fcjax.measure import Timings, compare_steps, flops
 from fcjax.merging.ahead import digest
 from fcjax.merging.kept import Kept, Merging
 from fcjax.merging.planned import merging
-from fcjax.names import joint_name, path_name
+from fcjax.merging.table import MergedRow, names_of, nothing_merged, rows
+from fcjax.names import path_name
 from fcjax.running.program import Program
 from fcjax.tracing import trace
 from fcjax.tracing.calls import Call
 from fcjax.tracing.trace import Body
 
-__all__ = ["Merged", "MergedRow", "merge"]
+__all__ = ["Merged", "merge"]
 
 PyTree = Any
 OTHER_SIZES = (1, 2, 1024)
 """Batch sizes for which a merged network is prepared beside that of the example."""
-MOST_SOURCES = 4
 
 
 def merge(
@@ -87,23 +86,6 @@ def merge(
     return Merged(apply_fn, params, example_args)
 
 
-@dataclass(frozen=True)
-class MergedRow:
-    """One array of a merged network.
-
-    Attributes:
-      path: its name in ``params``.
-      shape: its shape.
-      sources: the leaves of the original parameters that it is made of.
-      reason: what was done, in a few words.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    reason: str
-
-
 class Merged:
     """A network for inference.
 
@@ -129,9 +111,9 @@ class Merged:
         call = Call.of(example_args, {})
         self._raw: frozenset[int] = frozenset()
         first = self._settled(call)
-        self._names = _names(first.merging.kept, self._paths)
-        self._rows = tuple(_rows(first.merging.kept, self._names, self._paths))
-        self.reason = _nothing(self._rows)
+        self._names = names_of(first.merging.kept, self._paths)
+        self._rows = tuple(rows(first.merging.kept, self._names, self._paths))
+        self.reason = nothing_merged(self._rows)
         self.params: PyTree = params
         if self.reason is None:
             self.params = self._formed(first)
@@ -339,68 +321,6 @@ class _Compiled:
         ]
         outputs = self._run([*shaped, *arrays], self.constants)
         return jax.tree.unflatten(self._out_structure, outputs)
-
-
-# --- names and rows -----------------------------------------------------------------------------
-
-
-def _names(kept: Sequence[Kept], paths: Sequence[str]) -> dict[str, str]:
-    """A name for each identity."""
-    own = {digest("input", path): path for path in paths}
-    names: dict[str, str] = {k.identity: own[k.identity] for k in kept if k.identity in own}
-    for one in kept:
-        if one.identity not in names:
-            leaf = "bias" if one.formed is not None and one.formed.is_sum else "kernel"
-            sources = [paths[i] for i in one.sources]
-            names[one.identity] = _unused(joint_name(sources or ["constant"], leaf), names)
-    return names
-
-
-def _unused(name: str, names: Mapping[str, str]) -> str:
-    taken = set(names.values())
-    count = 2
-    candidate = name
-    while candidate in taken:
-        candidate = f"{name}_{count}"
-        count += 1
-    return candidate
-
-
-def _rows(
-    kept: Sequence[Kept], names: Mapping[str, str], paths: Sequence[str]
-) -> Sequence[MergedRow]:
-    first = {names[k.identity]: k for k in reversed(kept)}
-    own = {digest("input", path) for path in paths}
-    return [
-        MergedRow(
-            name,
-            one.value.shape,
-            tuple(paths[i] for i in one.sources),
-            _reason(one, paths, is_leaf=one.identity in own),
-        )
-        for name, one in sorted(first.items())
-    ]
-
-
-def _reason(one: Kept, paths: Sequence[str], *, is_leaf: bool) -> str:
-    if is_leaf:
-        return "as it was"
-    named = [paths[i] for i in one.sources[:MOST_SOURCES]]
-    more = len(one.sources) - len(named)
-    sources = (", ".join(named) or "constants") + (f" and {more} more" if more else "")
-    if one.formed is None:
-        return f"computed from {sources}"
-    return f"effective {'bias' if one.formed.is_sum else 'weight'} of {sources}"
-
-
-def _nothing(rows: Sequence[MergedRow]) -> str | None:
-    """Why the network is left as it is, if it is."""
-    if all(row.reason == "as it was" for row in rows):
-        return (
-            "nothing to merge: no two parameters meet in a linear segment in which their product "
-            "would make the evaluation cheaper"
-        )
-    return None
 
 
 def _count(tree: PyTree) -> int:

@@ -15,11 +15,12 @@ from fcjax.errors import FrontContributionError
 from fcjax.expressions.written import Written
 from fcjax.rules import fold, lookups
 from fcjax.rules.compress import Compression, compression
-from fcjax.rules.equivariance import Change, Follows, Shrinks, Stays, Verdict, experiment
+from fcjax.rules.equivariance import Verdict, experiment
 from fcjax.rules.flow_folds import FlowFold
 from fcjax.rules.flow_rules import balanced, flow_folds
 from fcjax.rules.radial import RadialFold, radial_fold
 from fcjax.rules.reduction import Reduction, Tree, nothing
+from fcjax.rules.stand_ins import Change, Follows, Shrinks, Stays
 from fcjax.spaces.hidden import Spaces, find
 from fcjax.spaces.subspaces import Basis, Reached, reach, span, used
 
