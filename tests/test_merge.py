@@ -413,7 +413,6 @@ def test_the_merged_network_exports():
 
 
 def test_an_exported_network_can_be_saved():
-    pytest.importorskip("flatbuffers")
     apply_fn, variables, x, merged = annotated("branches")
     exported = jax.export.export(jax.jit(merged.apply))(merged.params, x)
     again = jax.export.deserialize(exported.serialize())
