@@ -26,10 +26,12 @@ from fcjax.measure import compare_steps, compiled_memory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import zoo
+import zoo_blocks
 import zoo_conv
-import zoo_tokens  # noqa: F401 (adds to the zoo)
+import zoo_time  # noqa: F401 (adds to the zoo)
 
 ROUND_SECONDS = 0.02
+CHANNELS, IMAGES = 32, (64, 32, 32)
 CONV = ", images"
 ORIGINAL, TWIN, OURS = "original", "compiled twice", "fcjax"
 COLUMNS = (
@@ -53,20 +55,21 @@ def in_float32(tree: Any) -> Any:
 
 def networks() -> dict[str, Callable[[], zoo.Network]]:
     """What builds each network, by name, in float32 and at the size to be timed."""
-    made = {name: functools.partial(_single, name) for name in zoo.names()}
-    return made | {name + CONV: functools.partial(_images, name) for name in zoo_conv.names()}
+    made = {n: functools.partial(_single, zoo, n) for n in zoo.names()}
+    made |= {n: functools.partial(_single, zoo_blocks, n) for n in zoo_blocks.names()}
+    return made | {n + CONV: functools.partial(_images, n) for n in zoo_conv.names()}
 
 
-def _single(name: str) -> zoo.Network:
-    network = zoo.build(name)
+def _single(family: Any, name: str) -> zoo.Network:
+    network = family.build(name)
     batch = lambda rng: in_float32(network.batch(rng))  # noqa: E731
     return dataclasses.replace(network, params=in_float32(network.params), batch=batch)
 
 
 def _images(name: str) -> zoo.Network:
-    network = zoo_conv.build(name, zoo_conv.USEFUL_CHANNELS)
+    network = zoo_conv.build(name, CHANNELS)
     (*rest, x), _ = network.batch(np.random.default_rng(0))
-    shape = (zoo_conv.USEFUL_IMAGES, *[zoo_conv.USEFUL_SIZE] * 2, x.shape[-1])
+    shape = (*IMAGES, x.shape[-1])
 
     def batch(rng: np.random.Generator) -> tuple[tuple, Any]:
         images = rng.standard_normal(shape)

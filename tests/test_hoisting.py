@@ -215,7 +215,7 @@ def test_the_frontier_is_looked_up():
         )
 
     with always_fold():
-        fc = fcjax.front_contribute(apply_fn, PARAMS, IDS)
+        fc = fcjax.front_contribute(apply_fn, PARAMS, jax.ShapeDtypeStruct((64, 512), jnp.int32))
     assert reads(fc) == [(3,), (WIDTH,), (12,), (12,)]
 
 

@@ -24,7 +24,7 @@ from fcjax import compat
 from fcjax.expressions.primitives import VIEWS
 from fcjax.expressions.written import Written, written
 from fcjax.planning import rowwise
-from fcjax.planning.contraction import BYTE, ELEMENTWISE
+from fcjax.planning.contraction import BYTE, ELEMENTWISE, START
 from fcjax.planning.plan import Plan, folds_always, plan
 from fcjax.planning.rowwise import Region
 from fcjax.rules.lookups import reads_rows
@@ -183,7 +183,7 @@ class _Prices:
     def look_up(self, value: Value) -> float:
         """Reading rows for every token, and adding their cotangents up."""
         written = BYTE * math.prod(value.shape) * value.aval.dtype.itemsize
-        return written * (1 + 2 * self.known[value].trainable)
+        return (written + START) * (1 + 2 * self.known[value].trainable)
 
 
 # --- the body with it ---------------------------------------------------------------------------
