@@ -243,10 +243,10 @@ def main() -> None:
         result = measure(made[name](), repeats, loops=name.endswith(TINY))
         results[name] = {"network": name, **result, "verdict": verdict(result)}
         print(" | ".join(as_row(results[name])), flush=True)
+        if not options.quick:  # half an hour in all: what is measured is kept
+            record("never_slower", options.machine, {name: results[name]}, COLUMNS, as_row)
     title = f"jax {jax.__version__}, {options.machine}"
     show(title, COLUMNS, [as_row(r) for r in results.values()])
-    if not options.quick:
-        print(record("never_slower", options.machine, results, COLUMNS, as_row))
 
 
 if __name__ == "__main__":
