@@ -116,6 +116,7 @@ class _Builder:
         self.equations: list[Equation] = []
         self.constants: dict[int, tuple[Value, Any]] = {}
         self.fixed: dict[Value, Equation] = {}
+        self.evaluated: dict[Value, Any] = {}
 
     def inline(self, jaxpr: Any, consts: Iterable[Any], names: dict[Any, Atom]) -> list[Atom]:
         for var, const in zip(jaxpr.constvars, consts, strict=True):
@@ -158,8 +159,11 @@ class _Builder:
         """What depends on nothing, computed now."""
         if isinstance(atom, compat.Literal):
             return atom.val
-        equation = self.fixed[atom]
-        return compat.bind(equation.source, [self._value(a) for a in equation.inputs])[0]
+        if atom not in self.evaluated:
+            equation = self.fixed[atom]
+            values = [self._value(a) for a in equation.inputs]
+            self.evaluated[atom] = compat.bind(equation.source, values)[0]
+        return self.evaluated[atom]
 
     def _repeat(self, eqn: JaxprEqn, inputs: Sequence[Atom]) -> Any | None:
         """A gather as a repetition of its rows, if it is one."""
