@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from models import NETWORKS, Network
-from recording import parser, record, show
+from recording import noise, parser, record, show
 
 import fcjax
-from fcjax.measure import Timings, compare_steps, compiled_memory, residual_bytes
+from fcjax.measure import compare_steps, compiled_memory, residual_bytes
 
 MIB = 2**20
 BACKPROP, TWIN, FOLDED, LIMIT = "backprop", "backprop compiled twice", "fcjax", "by hand"
@@ -58,12 +58,6 @@ def relative_difference(found: Any, wanted: Any) -> float:
     return max(float(jnp.max(jnp.abs(f - w))) for f, w in pairs) / scale
 
 
-def noise(timings: Timings) -> float:
-    """Largest departure from 1 of backprop's ratios with itself, compiled once or twice."""
-    ratios = (timings.ratio(TWIN), timings.best_ratio(TWIN))
-    return max(timings.aa_spread, *(abs(ratio - 1.0) for ratio in ratios))
-
-
 def measure(network: Network, repeats: int) -> dict[str, Any]:
     """All numbers of one network, in seconds and bytes."""
     started = time.perf_counter()
@@ -94,7 +88,7 @@ def measure(network: Network, repeats: int) -> dict[str, Any]:
         "ratio": timings.ratio(FOLDED),
         "best_ratio": timings.best_ratio(FOLDED),
         "prediction": network.prediction,
-        "noise": noise(timings),
+        "noise": noise(timings, TWIN),
         "times_limit_seconds": against_limit and 1.0 / against_limit.ratio(FOLDED),
         "limit_noise": against_limit and against_limit.aa_spread,
         "temp_bytes": temp,

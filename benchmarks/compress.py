@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from models import chain, kernels, normal, squared_error
-from recording import parser, record, show
+from recording import noise, parser, record, show
 
 import fcjax
 from fcjax.demo.models import balanced, orthogonal
-from fcjax.measure import Timings, compare_steps
+from fcjax.measure import compare_steps
 
 PyTree = Any
 MIB = 2**20
@@ -176,7 +176,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         "collapse_setup_seconds": plain_seconds,
         "median_seconds": {name: timings.median(name) for name in ways},
         "best_seconds": {name: timings.best(name) for name in ways},
-        "noise": noise(timings),
+        "noise": noise(timings, TWIN),
         "output_difference": relative_difference(
             case.apply_fn(expanded, case.batch),
             case.apply_fn(ways[BACKPROP].trained(*batch), case.batch),
@@ -191,12 +191,6 @@ def timed_setup(case: Case, **options: Any) -> tuple[fcjax.FrontContribution, fl
     fc = fcjax.front_contribute(case.apply_fn, case.params, case.batch, **options)
     jax.block_until_ready((fc.params, fc.contributions))
     return fc, time.perf_counter() - started
-
-
-def noise(timings: Timings) -> float:
-    """Largest departure from 1 of the collapsed step's ratios with itself."""
-    ratios = (timings.ratio(TWIN), timings.best_ratio(TWIN))
-    return max(timings.aa_spread, *(abs(ratio - 1.0) for ratio in ratios))
 
 
 def relative_difference(found: Array, wanted: Array) -> float:

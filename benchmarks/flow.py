@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from models import chain, normal, squared_error
-from recording import parser, record, show
+from recording import noise, parser, record, show
 
 import fcjax
 from fcjax.measure import compare_steps, residual_bytes
@@ -93,14 +93,13 @@ def measure(repeats: int) -> dict[str, Any]:
         BACKPROP: bound_step(chain, params),
     }
     timings = compare_steps(steps, (x, target), repeats)
-    twin = (timings.ratio(TWIN), timings.best_ratio(TWIN))
     return {
         "network": f"linear, {DEPTH} of {WIDTH} x {WIDTH}, {ROWS} rows",
         "repeats": repeats,
         "weights": {BACKPROP: count(params), FOLDED: count(fc.params)},
         "median_seconds": {name: timings.median(name) for name in steps},
         "best_seconds": {name: timings.best(name) for name in steps},
-        "noise": max(timings.aa_spread, *(abs(ratio - 1.0) for ratio in twin)),
+        "noise": noise(timings, TWIN),
         "saved_bytes": {
             BACKPROP: residual_bytes(chain, params, x),
             FOLDED: residual_bytes(fc.apply, fc.params, x),

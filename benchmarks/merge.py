@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from models import normal
-from recording import parser, record, show
+from recording import noise, parser, record, show
 
 import fcjax
 from fcjax.measure import compare_steps
@@ -145,14 +145,13 @@ def measure(case: Case, batch: int, repeats: int) -> dict[str, Any]:
         "merged": functools.partial(jax.jit(merged.apply), merged.params),
     }
     timings = compare_steps(ways, (x,), repeats)
-    twin = (timings.ratio("compiled twice"), timings.best_ratio("compiled twice"))
     wanted, found = ways["original"](x), ways["merged"](x)
     return {
         "weights": merged.weights,
         "flops": merged.flops,
         "median_seconds": {name: timings.median(name) for name in ("original", "merged")},
         "times_faster": (timings.ratio("merged"), timings.best_ratio("merged")),
-        "noise": max(timings.aa_spread, *(abs(ratio - 1.0) for ratio in twin)),
+        "noise": noise(timings, "compiled twice"),
         "output_difference": float(jnp.max(jnp.abs(found - wanted)) / jnp.max(jnp.abs(wanted))),
         "as_written": merged.reason is not None,
     }

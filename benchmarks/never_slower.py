@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from recording import parser, record, show
+from recording import noise, parser, record, show
 
 import fcjax
 from fcjax.measure import compare_steps, compiled_memory
@@ -154,12 +154,11 @@ def compare(programs: dict[str, tuple[Any, Any]], repeats: int, *, loops: bool) 
         runs = {name: jax.jit(step) for name, (step, _) in programs.items()}
         ways = {name: functools.partial(run, carries[name]) for name, run in runs.items()}
     timings = compare_steps(ways, (), repeats)
-    twin = (timings.ratio(TWIN), timings.best_ratio(TWIN))
     return {
         "steps": steps,
         "seconds": {name: timings.median(name) / steps for name in (ORIGINAL, OURS)},
         "times_faster": (timings.ratio(OURS), timings.best_ratio(OURS)),
-        "noise": max(timings.aa_spread, *(abs(ratio - 1.0) for ratio in twin)),
+        "noise": noise(timings, TWIN),
         "temp_bytes": {
             name: compiled_memory(jax.jit(programs[name][0]), carries[name]).temp
             for name in (ORIGINAL, OURS)

@@ -11,6 +11,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from fcjax.measure import Timings
+
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -33,6 +35,12 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     for row in rows:
         table.add_row(*row)
     Console(width=None if os.isatty(1) else 200).print(table)
+
+
+def noise(timings: Timings, twin: str) -> float:
+    """Largest departure from 1 of the baseline's ratios with itself, compiled once or twice."""
+    ratios = (timings.ratio(twin), timings.best_ratio(twin))
+    return max(timings.aa_spread, *(abs(ratio - 1.0) for ratio in ratios))
 
 
 def record(
