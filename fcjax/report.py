@@ -179,7 +179,7 @@ class _Findings:
             ratio, others = self.declined[path]
             named = self._listed(others)
             return (
-                f"could be multiplied{f' with {named}' if named else ''}, but the step would cost "
+                f"could be multiplied with {named}, but the step would cost "
                 f"{ratio:.2f} times the layers as written at these shapes"
             )
         if path in self.boundaries and path not in self.linear:

@@ -246,8 +246,8 @@ class _Search:
             if node is not None:
                 self.looped.setdefault(node, set()).add(shift)
             return node
-        computed = var in body.roots or var in body.products
-        return self._node(var, axis, piece) if computed and var not in body.entrywise else None
+        free = var in body.computed and var not in body.entrywise
+        return self._node(var, axis, piece) if free else None
 
     def _node(self, owner: int | Value, axis: int, piece: int) -> Node | None:
         if owner in self.read_whole or len(self.splits[owner, axis]) > 1:
