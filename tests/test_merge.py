@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import zoo
+import zoo_blocks
 import zoo_conv
 from training import relative_deviation
 
@@ -65,14 +66,16 @@ def check_merged(network, dtype, size):
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(jnp.float64, 7), (jnp.float32, 1)])
-@pytest.mark.parametrize("name", zoo.names())
-def test_merged_networks_return_what_the_original_returns(name, dtype, size):
-    check_merged(zoo.build(name), dtype, size)
-
-
-@pytest.mark.parametrize("name", zoo_conv.names())
-def test_merged_convolutional_networks_return_what_the_original_returns(name):
-    check_merged(zoo_conv.build(name), jnp.float64, 5)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        pytest.param(family, name, id=name)
+        for family in (zoo, zoo_conv, zoo_blocks)
+        for name in family.names()
+    ],
+)
+def test_merged_networks_return_what_the_original_returns(family, name, dtype, size):
+    check_merged(family.build(name), dtype, size)
 
 
 @pytest.mark.parametrize("name", ["relu_mlp", "gated_linear_unit", "equinox_mlp"])
@@ -247,6 +250,67 @@ def test_branches_and_running_statistics_become_one_kernel_and_one_bias(name):
     network = zoo_conv.build(name)
     merged = fcjax.merge(network.apply_fn, network.params, *network.example_args)
     assert sorted(shapes(merged)) == sorted(CONVOLUTIONS[name])
+
+
+def strides(fn, *args):
+    """Of the convolutions; None for other products."""
+    equations = jax.make_jaxpr(fn)(*args).eqns
+    while [equation.primitive.name for equation in equations] == ["jit"]:
+        (equation,) = equations
+        equations = equation.params["jaxpr"].jaxpr.eqns
+    products = [e for e in equations if e.primitive.name in ("conv_general_dilated", "dot_general")]
+    return [e.params.get("window_strides") for e in products]
+
+
+@pytest.mark.parametrize("name", ["res_net_bottleneck_inference", "inverted_bottleneck_inference"])
+def test_pointwise_convolutions_stay_convolutions(name):
+    network = zoo_conv.build(name)
+    merged = fcjax.merge(network.apply_fn, network.params, *network.example_args)
+    written = strides(network.apply_fn, network.params, *network.example_args)
+    assert sorted(strides(merged.apply, merged.params, *network.example_args)) == sorted(written)
+    assert None not in written
+
+
+def pointwise(x, kernel, strides=(1, 1)):
+    """A pointwise convolution of images whose last axis has the channels."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel[None, None], strides, "VALID", dimension_numbers=numbers
+    )
+
+
+COMPOSED = {
+    "with strides": (lambda p, x: pointwise(pointwise(x, p[0], (2, 1)), p[1], (1, 3)), (2, 3)),
+    "on part of the images": (lambda p, x: pointwise(pointwise(x[:, 1:, ::2], p[0]), p[1]), (1, 2)),
+    "on every second image": (lambda p, x: pointwise(pointwise(x[::2], p[0]), p[1]), None),
+    "beside a product": (lambda p, x: pointwise(x, p[0]) @ p[1], None),
+    "mapped over another axis": (
+        lambda p, x: jax.vmap(lambda x: pointwise(pointwise(x, p[0]), p[1]))(jnp.stack([x, x])),
+        (1, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_composed_pointwise_convolutions_are_one(name):
+    apply_fn, expected = COMPOSED[name]
+    params, x = [normal(3, 8), normal(8, 4)], normal(4, 6, 7, 3)
+    merged = fcjax.merge(apply_fn, params, x)
+    assert shapes(merged) == [(3, 4)]
+    assert strides(merged.apply, merged.params, x) == [expected]
+    assert deviation(merged, apply_fn, params, x) <= 1e-12
+
+
+def test_no_matrix_is_made_for_each_channel_of_a_gain():
+    params = {"gain": normal(8), "mixing": normal(5, 16)}
+
+    def apply_fn(p, x):
+        normed = (x - x.mean(-1, keepdims=True)) / (1.0 + jnp.std(x, axis=-1, keepdims=True))
+        return jnp.einsum("ntc,tm->ncm", normed * p["gain"], p["mixing"])
+
+    merged = fcjax.merge(apply_fn, params, normal(4, 5, 8))
+    assert shapes(merged) == [(5, 16), (8,)]
+    assert deviation(merged, apply_fn, params, normal(3, 5, 8)) <= 1e-12
 
 
 @pytest.mark.parametrize("shape", [(12,), (1, 12), (256, 12), (2, 3, 12)])

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fcjax.expressions.terms import Expr, Factor, Label, Leaf, Term
+from fcjax.merging import pointwise
 from fcjax.merging.ahead import digest
 from fcjax.merging.diagonals import Identity, absorbed
 from fcjax.planning.contraction import Order, members
@@ -130,10 +131,17 @@ class Lowered:
     formed: tuple[Formed | Kernel, ...]
 
 
-def lowered(recipe: Recipe) -> Lowered:
-    """Multiplies out what does not change from call to call."""
+def lowered(recipe: Recipe, space: int = 0) -> Lowered:
+    """Multiplies out what does not change from call to call.
+
+    Args:
+      recipe: how to compute a value.
+      space: if it was written by convolutions alone, how many axes of space they have.
+    """
     lowering = _Lowering(recipe.expr)
     made = lowering.parts(recipe.parts)
+    if space:
+        made = tuple(pointwise.convolved(part, recipe.expr, space) for part in made)
     terms = tuple(itertools.chain.from_iterable(_terms(part) for part in made))
     expr = dataclasses.replace(recipe.expr, terms=terms)
     return Lowered(dataclasses.replace(recipe, expr=expr, parts=made), tuple(lowering.formed))

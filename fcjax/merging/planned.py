@@ -12,6 +12,7 @@ from fcjax.merging import ahead, forming, loops
 from fcjax.merging.forming import Formed, Kernel, Lowered
 from fcjax.merging.kept import Kept, Merging
 from fcjax.merging.normed import with_normed
+from fcjax.merging.pointwise import axes_of_space
 from fcjax.planning.plan import Plan, plan
 from fcjax.planning.recipes import recipe
 from fcjax.tracing.trace import Body, Equation, Kind, Value
@@ -89,32 +90,20 @@ class _Merger:
     # --- which values are computed through effective weights ---
 
     def _segments(self) -> Iterator[tuple[Value, Lowered]]:
+        makers = {v: e for e in self.body.equations for v in e.outputs if v is not None}
         for value, how in self.planned.recipes.items():
             if not ahead.is_ahead(value, self.known):
-                yield value, forming.lowered(how)
-        makers = {v: e for e in self.body.equations for v in e.outputs if v is not None}
+                operations = _written_operations(value, how.expr, makers, self.known)
+                yield value, forming.lowered(how, axes_of_space(operations))
         for value, expr in self.planned.bases.items():
             if value in self.planned.recipes or not expr.has_data:
                 continue
-            low = self._cheaper(value, expr, makers)
+            low = _cheaper(expr, _written_operations(value, expr, makers, self.known))
             if low is not None:
                 yield value, low
 
-    def _cheaper(
-        self, value: Value, expr: Expr, makers: Mapping[Value, Equation]
-    ) -> Lowered | None:
-        """A value that nothing changed, if effective weights save an operation on data."""
-        try:
-            low = forming.lowered(recipe(expr, math.inf))
-        except Unrepresentable:
-            return None
-        if not low.formed or any(f.centred for t in expr.terms for f in t.factors):
-            return None  # nothing to form, or a mean that would be taken twice
-        before = _written_operations(value, expr, makers, self.known)
-        return low if forming.operations(low.recipe) < before else None
-
     def _copies(self) -> list[Value]:
-        """Values whose effective weights stand beside another array made of the same weights.
+        """Values whose effective weights stand beside the same weights in another form.
 
         Of a table that is also the head, say: the gain of a norm in front of the head is not worth
         a second table. None if there are fewer weights than before all the same.
@@ -125,20 +114,26 @@ class _Merger:
         kept = needed & {*self.inputs, *formed}
         if sum(_size(v) for v in kept) <= sum(_size(v) for v in self.inputs):
             return []
-        held = Counter(i for i, value in enumerate(self.inputs) if value in needed)
-        copied = {
-            value: {i for f in low.formed if f.value in needed for i in self._copied(f)}
+        made = {
+            value: [self._of_inputs(f) for f in low.formed if f.value in needed]
             for value, low in self.lowered.items()
         }
-        for numbers in copied.values():
-            held.update(numbers)
-        return [value for value, own in copied.items() if any(held[i] > 1 for i in own)]
+        raw = {i for i, value in enumerate(self.inputs) if value in needed}
+        held = Counter(raw)
+        for sources in made.values():
+            held.update(set[int]().union(*(copied for _, copied in sources)))
+        return [
+            value
+            for value, sources in made.items()
+            if any(own <= raw or any(held[i] > 1 for i in copied) for own, copied in sources)
+        ]
 
-    def _copied(self, formed: Formed | Kernel) -> set[int]:
-        """The largest parameters of an effective weight, if it is as large as they are."""
+    def _of_inputs(self, formed: Formed | Kernel) -> tuple[set[int], set[int]]:
+        """The parameters of an effective weight, and the largest of them if it is as large."""
         sources = {i for v in formed.leaves for i in self.sources.get(v, ())}
         largest = max((_size(self.inputs[i]) for i in sources), default=0)
-        return {i for i in sources if _size(self.inputs[i]) == largest <= _size(formed.value)}
+        as_large = largest <= _size(formed.value)
+        return sources, {i for i in sources if _size(self.inputs[i]) == largest and as_large}
 
     # --- what is needed for the outputs ---
 
@@ -190,6 +185,17 @@ class _Merger:
         return Kept(value, formed.identity(self.identities), tuple(sources), formed)
 
 
+def _cheaper(expr: Expr, written: Sequence[Equation]) -> Lowered | None:
+    """A value that nothing changed, if effective weights save one of its operations on data."""
+    try:
+        low = forming.lowered(recipe(expr, math.inf), axes_of_space(written))
+    except Unrepresentable:
+        return None
+    if not low.formed or any(f.centred for t in expr.terms for f in t.factors):
+        return None  # nothing to form, or a mean that would be taken twice
+    return low if forming.operations(low.recipe) < len(written) else None
+
+
 def _size(value: Value) -> int:
     return math.prod(value.shape)
 
@@ -205,8 +211,8 @@ def _sources(body: Body, inputs: Sequence[Value]) -> dict[Value, tuple[int, ...]
 
 def _written_operations(
     value: Value, expr: Expr, makers: Mapping[Value, Equation], known: Mapping[Value, Kind]
-) -> int:
-    """How many operations on data lead from an expression's leaves to its value, as written."""
+) -> list[Equation]:
+    """The operations on data that lead from an expression's leaves to its value, as written."""
     seen: set[Equation] = set()
     left = [value]
     while left:
@@ -215,4 +221,4 @@ def _written_operations(
             if makers[made] not in seen:
                 left += makers[made].values
             seen.add(makers[made])
-    return sum(not ahead.is_look(equation) for equation in seen)
+    return [equation for equation in seen if not ahead.is_look(equation)]

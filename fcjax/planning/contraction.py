@@ -213,6 +213,8 @@ def _cheapest(splits: Sequence[tuple[Best, Best]], keep: frozenset[Label], runs:
     for (time_a, order_a, a), (time_b, order_b, b) in splits:
         result, cost = pair(a, b, keep, runs)
         time = time_a + time_b + measure(cost, runs)
+        if math.isinf(runs) and a.once and b.once and not a.labels & b.labels:
+            time = math.inf  # it would save a product entry by entry, and be a matrix for each
         if best is None or time < best[0]:
             best = (time, (order_a, order_b), result)
     assert best is not None

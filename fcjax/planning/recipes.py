@@ -19,7 +19,7 @@ from fcjax.planning.phases import convolved
 from fcjax.planning.roles import meets, roles, signature
 from fcjax.planning.squares import Square
 
-__all__ = ["recipe"]
+__all__ = ["convolution", "recipe"]
 
 
 def recipe(expr: Expr, runs: float = 1, square: Square | None = None) -> Recipe:
@@ -133,7 +133,7 @@ def _with_convolutions(groups: Sequence[tuple[Term, ...]], expr: Expr, runs: flo
     found: list[tuple[tuple[View, ...], Option]] = []
     for group in (*tapped, *others):
         views = _views(group, expr)
-        alone = _convolution(views, expr, runs) if group in tapped else _cheapest(group, expr, runs)
+        alone = convolution(views, expr, runs) if group in tapped else _cheapest(group, expr, runs)
         assert alone is not None
         joined = next(_joining(found, views, alone, expr, runs), None) if views else None
         if joined is not None:
@@ -167,13 +167,13 @@ def _joining(
     """The convolutions that are no dearer with further terms in their kernels than beside them."""
     addition = contraction.written(_whole(expr)).time
     for k, (own, (_, cost)) in enumerate(found):
-        together = _convolution((*own, *views), expr, runs)
+        together = convolution((*own, *views), expr, runs)
         if together is not None and together[1].time <= cost.time + alone[1].time + addition:
             yield k, together
 
 
-def _convolution(views: tuple[View, ...], expr: Expr, runs: float) -> Option | None:
-    """All terms of a group through one kernel, if there is one."""
+def convolution(views: tuple[View, ...], expr: Expr, runs: float) -> Option | None:
+    """Terms that see the same data through one kernel, if there is one for all of them."""
     shared, kept = share(views), views[0].kept
     if shared is None:
         return None
