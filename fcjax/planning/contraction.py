@@ -1,8 +1,8 @@
 """In which order to multiply the factors of a term, and what a training step pays for it.
 
 Prices are analytic and in floating-point operations: a product costs its multiply-adds or, if
-larger, the traffic of its operands at ``BYTE`` operations a byte, and the start of an operation;
-forward once, and once more for every operand that a gradient flows to.
+larger, the traffic of its operands at ``BYTE`` operations a byte (``NEAR`` in a cache), and the
+start of an operation; forward once, and once more for every operand that a gradient flows to.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ __all__ = [
     "backward",
     "measure",
     "members",
+    "moved",
     "pair",
     "price",
     "search",
@@ -28,6 +29,9 @@ __all__ = [
 
 BYTE = 16.0
 """Operations that a device does in the time it moves one byte to or from memory."""
+NEAR, CACHE = 4.0, 65536
+"""The same for arrays of up to so many bytes, which stay in a core's cache: six networks of
+benchmarks/never_slower.py with normalised rows that small took 1% to 10% more time without it."""
 START = 3e4
 """Operations that a device does in the time it takes to begin one on arrays. It decides for tiny
 networks only; on a CPU, from those of benchmarks/never_slower.py."""
@@ -90,7 +94,12 @@ class Operand:
         What is formed once and for all costs nothing: a weight has one entry for each product that
         a row takes, so its traffic would say nothing new and make plans depend on the rows.
         """
-        return 0.0 if self.once and math.isinf(runs) else BYTE * self.bytes
+        return 0.0 if self.once and math.isinf(runs) else moved(self.bytes)
+
+
+def moved(size: float) -> float:
+    """What moving an array of so many bytes costs."""
+    return size * (NEAR if size <= CACHE else BYTE)
 
 
 def size(labels: frozenset[Label]) -> float:
@@ -106,7 +115,7 @@ def measure(cost: Cost, runs: float) -> float:
 def written(result: Operand) -> Cost:
     """Writing a value forward, and its cotangent backward where there is one."""
     passes = 1 + result.trainable
-    return Cost(time=BYTE * result.bytes * passes, held=result.bytes if result.trainable else 0.0)
+    return Cost(time=moved(result.bytes) * passes, held=result.bytes if result.trainable else 0.0)
 
 
 def pair(a: Operand, b: Operand, keep: frozenset[Label], runs: float = 1) -> tuple[Operand, Cost]:
@@ -159,7 +168,7 @@ def backward(order: Order, operands: Sequence[Operand], keep: frozenset[Label]) 
         for half, other in (order, order[::-1])
     ]
     _, last = pair(inner[0][0], inner[1][0], keep)
-    cotangent = Cost(time=BYTE * result.bytes, held=result.bytes)
+    cotangent = Cost(time=moved(result.bytes), held=result.bytes)
     return cost + (last + cotangent) * -1.0
 
 

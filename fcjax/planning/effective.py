@@ -61,7 +61,9 @@ def through_one_weight(group: tuple[Term, ...], expr: Expr, runs: float) -> Opti
     for factor in part.row_scales:
         result, extra = contraction.pair(result, operand(factor), expr.free, runs)
         cost = cost + extra
-        if weight.trainable:  # the scaled cotangent of the product is written for the gradient of Z
+        if weight.trainable:
+            # The scaled cotangent of the product is written for the gradient of Z, and read with
+            # the product for that of the scale: in a cache that takes no less than BYTE.
             cost = cost + Cost(time=contraction.BYTE * result.bytes)
     return (part,), cost
 

@@ -24,7 +24,7 @@ from fcjax import compat
 from fcjax.expressions.primitives import VIEWS
 from fcjax.expressions.written import Written, written
 from fcjax.planning import rowwise
-from fcjax.planning.contraction import BYTE, ELEMENTWISE, START
+from fcjax.planning.contraction import ELEMENTWISE, START, moved
 from fcjax.planning.plan import Plan, folds_always, plan
 from fcjax.planning.rowwise import Region
 from fcjax.rules.lookups import reads_rows
@@ -169,9 +169,10 @@ class _Prices:
         if equation.name != "dot_general":
             return 2 * ELEMENTWISE * max(sizes) * count / self.tokens
         made, rows, weight = sizes
-        work = 2.0 * made * weight / self._columns(equation) * count / self.tokens
+        share = count / self.tokens
+        work = 2.0 * made * weight / self._columns(equation) * share
         itemsize = equation.source.outvars[0].aval.dtype.itemsize  # type: ignore[attr-defined]
-        traffic = BYTE * itemsize * ((made + rows) * count / self.tokens + weight)
+        traffic = sum(moved(itemsize * n) for n in (made * share, rows * share, weight))
         passes = 1 + sum(self.known[v].trainable for v in equation.values)
         return max(work, traffic) * passes
 
@@ -182,7 +183,7 @@ class _Prices:
 
     def look_up(self, value: Value) -> float:
         """Reading rows for every token, and adding their cotangents up."""
-        written = BYTE * math.prod(value.shape) * value.aval.dtype.itemsize
+        written = moved(math.prod(value.shape) * value.aval.dtype.itemsize)
         return (written + START) * (1 + 2 * self.known[value].trainable)
 
 
