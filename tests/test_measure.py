@@ -12,13 +12,15 @@ from fcjax import measure
 F32 = jnp.float32
 
 
-def test_functions_take_turns():
+def test_functions_take_turns_and_each_turn_is_two_runs():
     calls = []
     fns = {name: lambda x, name=name: calls.append(name) for name in ("a", "b")}
     timings = measure.compare_steps(fns, (1,), repeats=3)
-    rounds = [sorted(calls[i : i + 3]) for i in (3, 6, 9)]
+    turns = [calls[i : i + 2] for i in range(3, len(calls), 2)]
+    assert all(first == second for first, second in turns)
+    rounds = [sorted(first for first, _ in turns[i : i + 3]) for i in (0, 3, 6)]
     assert rounds == [["a", "a", "b"]] * 3
-    assert len(calls) == 12
+    assert len(calls) == 3 + 2 * 9
     assert {name: len(times) for name, times in timings.seconds.items()} == {
         "a": 3,
         "a (again)": 3,

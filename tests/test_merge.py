@@ -271,19 +271,20 @@ def test_pointwise_convolutions_stay_convolutions(name):
     assert None not in written
 
 
-def pointwise(x, kernel, strides=(1, 1)):
+def pointwise(x, kernel, strides=(1, 1), groups=1):
     """A pointwise convolution of images whose last axis has the channels."""
-    numbers = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(
-        x, kernel[None, None], strides, "VALID", dimension_numbers=numbers
-    )
+        x, kernel[None, None], strides, "VALID", feature_group_count=groups,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
 
 
 COMPOSED = {
     "with strides": (lambda p, x: pointwise(pointwise(x, p[0], (2, 1)), p[1], (1, 3)), (2, 3)),
     "on part of the images": (lambda p, x: pointwise(pointwise(x[:, 1:, ::2], p[0]), p[1]), (1, 2)),
     "on every second image": (lambda p, x: pointwise(pointwise(x[::2], p[0]), p[1]), None),
-    "beside a product": (lambda p, x: pointwise(x, p[0]) @ p[1], None),
+    "before a product": (lambda p, x: pointwise(x, p[0]) @ p[1], None),
+    "before a mean": (lambda p, x: pointwise(pointwise(x, p[0]), p[1]).mean((1, 2)), None),
     "mapped over another axis": (
         lambda p, x: jax.vmap(lambda x: pointwise(pointwise(x, p[0]), p[1]))(jnp.stack([x, x])),
         (1, 1),
@@ -298,6 +299,18 @@ def test_composed_pointwise_convolutions_are_one(name):
     merged = fcjax.merge(apply_fn, params, x)
     assert shapes(merged) == [(3, 4)]
     assert strides(merged.apply, merged.params, x) == [expected]
+    assert deviation(merged, apply_fn, params, x) <= 1e-12
+
+
+def test_grouped_pointwise_convolutions_stay_grouped():
+    params, x = [normal(2, 12), normal(3, 8)], normal(4, 6, 7, 8)
+
+    def apply_fn(p, x):
+        return pointwise(pointwise(x, p[0], groups=4), p[1], (2, 2), groups=4)
+
+    merged = fcjax.merge(apply_fn, params, x)
+    assert [math.prod(shape) for shape in shapes(merged)] == [4 * 2 * 2]
+    assert strides(merged.apply, merged.params, x) == [(2, 2)]
     assert deviation(merged, apply_fn, params, x) <= 1e-12
 
 

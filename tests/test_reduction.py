@@ -13,7 +13,7 @@ import optax
 import pytest
 import random_segments
 import segments
-from training import backprop, entry, objective, relative_deviation, stacked_batches
+from training import backprop, entry, objective, relative_deviation, stacked_batches, train, updated
 
 import fcjax
 from fcjax.errors import FrontContributionError
@@ -66,36 +66,6 @@ def reduced(network, optimizer, **options):
     )
 
 
-def train(loss_fn, params, batches, optimizers):
-    """Trains once with each optimizer, in one compiled program, the gradient compiled once."""
-
-    def step(carry, batch):
-        stacked, states = carry
-        gradients = jax.lax.map(lambda p: jax.grad(loss_fn)(p, *batch), stacked)
-        moved = [
-            updated(o, entry(gradients, i), states[i], entry(stacked, i))
-            for i, o in enumerate(optimizers)
-        ]
-        new, states = zip(*moved, strict=True)
-        return (stack(new), states), None
-
-    @jax.jit
-    def run(params, batches):
-        start = stack([params] * len(optimizers)), tuple(o.init(params) for o in optimizers)
-        return jax.lax.scan(step, start, batches)[0][0]
-
-    return run(params, batches)
-
-
-def updated(optimizer, gradients, state, params):
-    updates, state = optimizer.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state
-
-
-def stack(trees):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
 def by_shapes(fcs):
     """Groups of the named front contributions whose parameters have equal shapes."""
     groups = {}
@@ -120,11 +90,11 @@ def test_500_steps_follow_backprop_in_fewer_weights(name):
     apply, params = backprop(network)
     batches = stacked_batches(network, STEPS)
     args, _ = network.batch(np.random.default_rng(7))
-    full = train(objective(network, apply), params, batches, [OPTIMIZERS[o] for o in of])
+    _, full = train(objective(network, apply), params, batches, [OPTIMIZERS[o] for o in of])
     for group in by_shapes(fcs):
         fc = fcs[group[0]]
         optimizers = [OPTIMIZERS[o] for o in group]
-        small = train(objective(network, fc.apply), fc.params, batches, optimizers)
+        _, small = train(objective(network, fc.apply), fc.params, batches, optimizers)
         for i, o in enumerate(group):
             expected, actual = entry(full, of.index(o)), entry(small, i)
             outputs = apply(expected, *args)
@@ -254,8 +224,8 @@ def test_reducing_under_them_all_the_same_is_wrong():
     batches = stacked_batches(network, 100)
     args, _ = network.batch(np.random.default_rng(7))
     forced = list(REFUSED.values())
-    full = train(objective(network, network.apply_fn), network.params, batches, forced)
-    small = train(objective(network, fc.apply), fc.params, batches, forced)
+    _, full = train(objective(network, network.apply_fn), network.params, batches, forced)
+    _, small = train(objective(network, fc.apply), fc.params, batches, forced)
     for i, name in enumerate(REFUSED):
         actual = fc.apply(entry(small, i), *args)
         assert relative_deviation(actual, network.apply_fn(entry(full, i), *args)) > 1e-3, name
@@ -329,9 +299,9 @@ def test_one_factor_of_an_elementwise_chain_trains_for_all(name):
     fcs = [reduced(network, o) for o in optimizers]
     batches = stacked_batches(network, STEPS)
     args, _ = network.batch(np.random.default_rng(7))
-    full = train(objective(network, network.apply_fn), network.params, batches, optimizers)
+    _, full = train(objective(network, network.apply_fn), network.params, batches, optimizers)
     fc = fcs[0]
-    small = train(objective(network, fc.apply), fc.params, batches, optimizers)
+    _, small = train(objective(network, fc.apply), fc.params, batches, optimizers)
     count = len(jax.tree.leaves(network.params))
     for i, o in enumerate(ELEMENTWISE):
         assert len(jax.tree.leaves(fcs[i].params)) == count - folded, o
@@ -350,8 +320,8 @@ def test_clipping_by_the_global_norm_counts_every_factor():
     assert segments.size(fc.params) < segments.size(network.params)
     batches = stacked_batches(network, 100)
     args, _ = network.batch(np.random.default_rng(7))
-    full = train(objective(network, network.apply_fn), network.params, batches, [optimizer])
-    small = train(objective(network, fc.apply), fc.params, batches, [optimizer])
+    _, full = train(objective(network, network.apply_fn), network.params, batches, [optimizer])
+    _, small = train(objective(network, fc.apply), fc.params, batches, [optimizer])
     outputs = network.apply_fn(entry(full, 0), *args)
     assert relative_deviation(fc.apply(entry(small, 0), *args), outputs) > 1e-4
 

@@ -19,6 +19,9 @@ OPTIMIZERS = {
 }
 
 
+ALL = tuple(OPTIMIZERS.values())
+
+
 def floating(params):
     """The trainable part of a pytree: None where a leaf is not floating."""
     return jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, params)
@@ -47,7 +50,7 @@ def stacked_batches(network, steps):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 
-def train(loss_fn, params, batches):
+def train(loss_fn, params, batches, optimizers=ALL):
     """Train once with each optimizer, in one compiled program.
 
     The gradient is compiled once: `lax.map` applies it, unbatched, to one optimizer's parameters
@@ -55,31 +58,31 @@ def train(loss_fn, params, batches):
 
     Returns:
         Losses of shape (steps, optimizers), and the final parameters, stacked in order of
-        `OPTIMIZERS`.
+        `optimizers`.
     """
 
     def step(carry, batch):
         stacked, states = carry
         losses, gradients = jax.lax.map(lambda p: jax.value_and_grad(loss_fn)(p, *batch), stacked)
         moved = [
-            _update(optimizer, entry(gradients, i), states[i], entry(stacked, i))
-            for i, optimizer in enumerate(OPTIMIZERS.values())
+            updated(optimizer, entry(gradients, i), states[i], entry(stacked, i))
+            for i, optimizer in enumerate(optimizers)
         ]
         new_params, new_states = zip(*moved, strict=True)
         return (_stack(new_params), new_states), losses
 
     @jax.jit
     def run(params, batches):
-        states = tuple(optimizer.init(params) for optimizer in OPTIMIZERS.values())
+        states = tuple(optimizer.init(params) for optimizer in optimizers)
         (stacked, _), losses = jax.lax.scan(
-            step, (_stack([params] * len(OPTIMIZERS)), states), batches
+            step, (_stack([params] * len(optimizers)), states), batches
         )
         return losses, stacked
 
     return run(params, batches)
 
 
-def _update(optimizer, gradients, state, params):
+def updated(optimizer, gradients, state, params):
     updates, state = optimizer.update(gradients, state, params)
     return optax.apply_updates(params, updates), state
 

@@ -71,7 +71,8 @@ def _product(part: Part, expr: Expr) -> Term | None:
 def _on_grids(part: Convolution, space: int) -> Convolution | None:
     """The convolution with a grid for each axis of space, also where every place is read.
 
-    None if something else than space is read in steps, such as every second example.
+    None if there is no space left, or something else is read in steps, such as every second
+    example.
     """
     assert part.rows is not None
     grids = {g.read: g for g in part.grids}
@@ -79,7 +80,7 @@ def _on_grids(part: Convolution, space: int) -> Convolution | None:
     kept = [x for x in labels if x in grids or (x in part.kept and x not in part.weight_labels)]
     placed = {x: t for place in part.places for x, t in zip(grids, place.taps, strict=True)}
     read = kept[1:][-space:]
-    if not set(grids) <= set(read):
+    if not read or not set(grids) <= set(read):
         return None
     return dataclasses.replace(
         part,
