@@ -399,6 +399,24 @@ def test_outer_looks_of_one_vector_are_not_taken_for_one():
     assert deviation(merged, apply_fn, params, normal(5, 4)) <= 1e-12
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        (zoo, "concatenate_before_dense"),
+        (zoo, "slices_after_dense"),
+        (zoo, "several_consumers"),
+        (zoo_conv, "u_net"),
+    ],
+)
+def test_what_is_multiplied_does_not_depend_on_the_size_of_the_example(family, name):
+    network = family.build(name)
+    args = network.example_args
+    merged = [fcjax.merge(network.apply_fn, network.params, *of_size(args, n)) for n in (3, 512)]
+    assert shapes(merged[0]) == shapes(merged[1])
+    assert merged[0].flops[1] < merged[0].flops[0]
+    assert merged[0].weights[1] < merged[0].weights[0]
+
+
 def test_what_is_computed_from_parameters_is_computed_once():
     params = [{"v": normal(4, 8), "g": np.ones(8)}, {"v": normal(8, 3), "g": np.ones(3)}]
 

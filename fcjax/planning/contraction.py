@@ -18,6 +18,7 @@ __all__ = [
     "Operand",
     "Order",
     "backward",
+    "begun",
     "measure",
     "members",
     "moved",
@@ -94,12 +95,20 @@ class Operand:
         What is formed once and for all costs nothing: a weight has one entry for each product that
         a row takes, so its traffic would say nothing new and make plans depend on the rows.
         """
-        return 0.0 if self.once and math.isinf(runs) else moved(self.bytes)
+        return 0.0 if self.once and math.isinf(runs) else moved(self.bytes, runs)
 
 
-def moved(size: float) -> float:
-    """What moving an array of so many bytes costs."""
-    return size * (NEAR if size <= CACHE else BYTE)
+def moved(size: float, runs: float = 1) -> float:
+    """What moving an array of so many bytes costs.
+
+    With ``runs=math.inf`` as much for a small one: all prices then grow with the rows alike.
+    """
+    return size * (NEAR if size <= CACHE and not math.isinf(runs) else BYTE)
+
+
+def begun(runs: float = 1) -> float:
+    """What it costs to begin an operation; nothing with ``runs=math.inf``, as for ``moved``."""
+    return 0.0 if math.isinf(runs) else START
 
 
 def size(labels: frozenset[Label]) -> float:
@@ -112,10 +121,12 @@ def measure(cost: Cost, runs: float) -> float:
     return cost.flops if math.isinf(runs) else cost.time
 
 
-def written(result: Operand) -> Cost:
+def written(result: Operand, runs: float = 1) -> Cost:
     """Writing a value forward, and its cotangent backward where there is one."""
     passes = 1 + result.trainable
-    return Cost(time=moved(result.bytes) * passes, held=result.bytes if result.trainable else 0.0)
+    return Cost(
+        time=moved(result.bytes, runs) * passes, held=result.bytes if result.trainable else 0.0
+    )
 
 
 def pair(a: Operand, b: Operand, keep: frozenset[Label], runs: float = 1) -> tuple[Operand, Cost]:
@@ -133,9 +144,9 @@ def pair(a: Operand, b: Operand, keep: frozenset[Label], runs: float = 1) -> tup
     else:
         traffic = a.traffic(runs) + b.traffic(runs)
         cost = Cost(time=max(2 * work, traffic) * passes, flops=2 * work * passes)
-        cost = cost + written(result)
+        cost = cost + written(result, runs)
     light = min(len(a.labels), len(b.labels)) < 2
-    cost = cost + Cost(time=START * passes * (VECTOR if light else 1.0))
+    cost = cost + Cost(time=begun(runs) * passes * (VECTOR if light else 1.0))
     return result, cost * (1 / runs if once else 1.0)
 
 

@@ -31,9 +31,9 @@ def one_product(
     _, cost = contraction.price(order, operands, keep, runs)
     for factor, own in zip(term.factors, operands, strict=True):
         if factor.centred:  # the shifted copy is written out
-            cost = cost + contraction.written(own) * (1 / runs if own.once else 1.0)
+            cost = cost + contraction.written(own, runs) * (1 / runs if own.once else 1.0)
         if any(factor.slices) and not factor.is_data:  # taken out, and its gradient put back
-            cost = cost + Cost(time=(1 + 2 * factor.leaf.trainable) * contraction.START)
+            cost = cost + Cost(time=(1 + 2 * factor.leaf.trainable) * contraction.begun(runs))
     if _is_one_pass(term, expr):
         raise Unrepresentable("a second moment of a product that float32 would cancel")
     return Product(term, order), cost

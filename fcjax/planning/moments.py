@@ -52,7 +52,7 @@ def mean_square(term: Term, expr: Expr, runs: float) -> Option | None:
     rows, columns = operand(first), Operand(inside, True, False, np.dtype(expr.dtype).itemsize)
     width, height = (contraction.size(frozenset(s)) for s in (contracted, first.centred))
     moments = 2.0 * width * width * height * (MOMENTS + rows.trainable)
-    cost = cost + Cost(moments + MANY * contraction.START, moments)
+    cost = cost + Cost(moments + MANY * contraction.begun(runs), moments)
     _, small = contraction.pair(
         Operand(frozenset((*contracted, Label(int(width) + 1))), True, False, rows.itemsize),
         columns, expr.free, runs,

@@ -45,12 +45,12 @@ def convolved(part: Convolution, expr: Expr, runs: float) -> Cost:
     rows = Operand(seen, trainable, False, np.dtype(expr.dtype).itemsize)
     result, cost = contraction.pair(rows, kernel, part.kept, runs)
     if part.is_assembled:
-        cost = cost + contraction.written(kernel) * (1 / runs if kernel.once else 1.0)
+        cost = cost + contraction.written(kernel, runs) * (1 / runs if kernel.once else 1.0)
     if part.phases:
         whole = result.labels.difference(*((f.made, f.phase) for f in part.phases))
         whole = whole.union(f.out for f in part.phases)
         held = contraction.written(dataclasses.replace(result, labels=whole)).held
-        once = contraction.written(result)
+        once = contraction.written(result, runs)
         cost = cost + Cost(time=INTERLEAVING * once.time, held=held - once.held)
     return cost
 

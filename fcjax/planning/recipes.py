@@ -68,7 +68,7 @@ def _sum(expr: Expr, chosen: Sequence[Option], runs: float, square: Square | Non
     share = 1 / runs if whole.once else 1.0
     repeats = not expr.free <= frozenset().union(*(t.labels for t in expr.terms))
     writes = max(_additions(parts, expr), int(repeats))  # repeating a product writes it anew
-    additions = contraction.written(whole) * (writes * share)
+    additions = contraction.written(whole, runs) * (writes * share)
     return Recipe(expr, parts, cost + additions + _gradients_added(expr), square)
 
 
@@ -165,7 +165,7 @@ def _joining(
     expr: Expr, runs: float,
 ) -> Iterator[tuple[int, Option]]:  # fmt: skip
     """The convolutions that are no dearer with further terms in their kernels than beside them."""
-    addition = contraction.written(_whole(expr)).time
+    addition = contraction.written(_whole(expr), runs).time
     for k, (own, (_, cost)) in enumerate(found):
         together = convolution((*own, *views), expr, runs)
         if together is not None and together[1].time <= cost.time + alone[1].time + addition:
