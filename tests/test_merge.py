@@ -14,6 +14,7 @@ import pytest
 import zoo
 import zoo_blocks
 import zoo_conv
+import zoo_time  # noqa: F401 (adds to the zoo)
 from training import relative_deviation
 
 import fcjax
