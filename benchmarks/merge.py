@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from models import normal
+from models import convolve, normal
 from recording import noise, parser, record, show
 
 import fcjax
@@ -130,12 +130,6 @@ def folded(variables: PyTree, i: int) -> tuple[Array, Array]:
     return kernel * gain, norm["bias"] - found["mean"] * gain
 
 
-def convolved(x: Array, kernel: Array) -> Array:
-    """A convolution of images whose last axis has the channels."""
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
-
-
 def res_net_by_hand(variables: PyTree) -> tuple[Callable[..., Array], PyTree]:
     """`ResNet` without its BatchNorm."""
     layers = [folded(variables, i) for i in range(3 * ResNet.blocks)]
@@ -143,8 +137,8 @@ def res_net_by_hand(variables: PyTree) -> tuple[Callable[..., Array], PyTree]:
     def apply(layers: list[tuple[Array, Array]], x: Array) -> Array:
         for i in range(0, len(layers), 3):
             (a, b), (c, d), (e, f) = layers[i : i + 3]
-            h = nn.relu(convolved(x, a) + b)
-            x = nn.relu(x + (convolved(nn.relu(convolved(h, c) + d), e) + f))
+            h = nn.relu(convolve(x, a) + b)
+            x = nn.relu(x + (convolve(nn.relu(convolve(h, c) + d), e) + f))
         return x
 
     return apply, layers

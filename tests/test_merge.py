@@ -19,6 +19,7 @@ from training import relative_deviation
 
 import fcjax
 from fcjax import FrontContributionError
+from fcjax.tracing import trace
 
 TOLERANCE = {jnp.float64: 1e-12, jnp.float32: 1e-5}
 
@@ -255,12 +256,9 @@ def test_branches_and_running_statistics_become_one_kernel_and_one_bias(name):
 
 def strides(fn, *args):
     """Of the convolutions; None for other products."""
-    equations = jax.make_jaxpr(fn)(*args).eqns
-    while [equation.primitive.name for equation in equations] == ["jit"]:
-        (equation,) = equations
-        equations = equation.params["jaxpr"].jaxpr.eqns
-    products = [e for e in equations if e.primitive.name in ("conv_general_dilated", "dot_general")]
-    return [e.params.get("window_strides") for e in products]
+    equations = trace.flatten(jax.make_jaxpr(fn)(*args)).equations
+    products = [e for e in equations if e.name in ("conv_general_dilated", "dot_general")]
+    return [e.source.params.get("window_strides") for e in products]
 
 
 @pytest.mark.parametrize("name", ["res_net_bottleneck_inference", "inverted_bottleneck_inference"])

@@ -50,10 +50,10 @@ def planned(network: Written, objective: Literal["time", "memory"] = "time") -> 
         choice = _choice(found.body, equation, found.known)
         if choice is None:
             continue
-        moved = plan(written(_hoisted(found.body, choice), inputs), objective)
+        other = plan(written(_hoisted(found.body, choice), inputs), objective)
         more = choice.after - choice.before  # for look-ups, which plans do not price
-        if folds_always() or moved.after.time + more <= found.after.time * (1 + 1e-9):
-            found = dataclasses.replace(moved, before=found.before)
+        if folds_always() or other.after.time + more <= found.after.time * (1 + 1e-9):
+            found = dataclasses.replace(other, before=found.before)
     return found
 
 
@@ -183,8 +183,8 @@ class _Prices:
 
     def look_up(self, value: Value) -> float:
         """Reading rows for every token, and adding their cotangents up."""
-        written = moved(math.prod(value.shape) * value.aval.dtype.itemsize)
-        return (written + START) * (1 + 2 * self.known[value].trainable)
+        traffic = moved(math.prod(value.shape) * value.aval.dtype.itemsize)
+        return (traffic + START) * (1 + 2 * self.known[value].trainable)
 
 
 # --- the body with it ---------------------------------------------------------------------------
