@@ -152,7 +152,7 @@ class _Reader:
         self.boundaries = {
             e
             for e in body.equations
-            if not _has_rule(e) or body.rows.intersection(e.outputs) or self._shifts(e)
+            if not _has_rule(e) or not body.rows.keys().isdisjoint(e.outputs) or self._shifts(e)
         }
         self.hard = {atom for atom in body.outputs if isinstance(atom, Value)}
         self.hard.update(v for e in self.boundaries for v in e.values)

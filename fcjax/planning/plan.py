@@ -127,7 +127,7 @@ class Plan:
     def is_trivial(self) -> bool:
         """Whether nothing is computed differently, here or in a nested body."""
         inner = itertools.chain.from_iterable(self.nested.values())
-        return not self.recipes and not self.body.rows and all(p.is_trivial for p in inner)
+        return not self.recipes and all(p.is_trivial for p in inner)
 
 
 def plan(
