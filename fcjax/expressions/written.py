@@ -8,7 +8,7 @@ are computed, and what reads them sees them as leaves.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ class Written:
       nested: for the numbers of equations with bodies of their own, those.
       runs: how often the body runs in one training step.
       forced: roots that their equations no longer compute, because their shapes were reduced.
+      less_mean: roots that stand for what they are less its mean over an axis; see ``streams``.
     """
 
     body: Body
@@ -56,6 +57,7 @@ class Written:
     nested: dict[int, tuple["Written", ...]]
     runs: float = 1
     forced: frozenset[Value] = frozenset()
+    less_mean: Mapping[Value, int] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def products(self) -> dict[Value, Expr]:

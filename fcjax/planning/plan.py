@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Literal
 
 from fcjax.clusters import Clusters
@@ -110,6 +110,7 @@ class Plan:
       bases: the expressions of the roots of the network as written.
       boundaries: the equations that are no sums of einsum terms.
       runs: how often the body runs in one training step.
+      less_mean: values that are computed less their mean over an axis, which nobody sees.
     """
 
     body: Body
@@ -122,6 +123,7 @@ class Plan:
     before: Cost
     after: Cost
     runs: float
+    less_mean: Mapping[Value, int] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def is_trivial(self) -> bool:
@@ -189,6 +191,7 @@ def _planned(
         sum((p.before * p.runs for p in plans), before),
         sum((p.after * p.runs for p in plans), after),
         network.runs,
+        network.less_mean,
     )  # fmt: skip
 
 
