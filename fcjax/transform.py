@@ -1,5 +1,6 @@
 """``front_contribute``: the library's one transform, and the object it returns."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -28,6 +29,7 @@ from fcjax.tracing import axes, trace
 from fcjax.tracing.calls import Call
 from fcjax.tracing.final import before_final
 from fcjax.tracing.trace import Body, Kind
+from fcjax.validation.plans import validated
 
 __all__ = ["FrontContribution", "front_contribute"]
 
@@ -464,7 +466,11 @@ class FrontContribution:
     ) -> "_Compiled":
         """The plan; what ``original`` costs, the network by default, is its price as written."""
         if self._reduction.is_trivial:
-            return _Compiled(network, hoisting.planned(network, self.objective), out_structure)
+            ways = (hoisting.planned, plan, functools.partial(plan, streams=False))
+            planned = validated(
+                network.body, [functools.partial(make, network, self.objective) for make in ways]
+            )
+            return _Compiled(network, planned, out_structure)
         reduced = network
         if self._products:
             reduced = with_products(reduced, self._products, self.paths)

@@ -187,17 +187,21 @@ class _Reader:
                 self._compute(made_value)
 
     def _shifts(self, equation: Equation) -> bool:
-        """Whether a number is added to something that depends on no parameter.
+        """Whether a number, or a constant to constants, is added to what no parameter is part of.
 
         Nothing is gained by looking through such a sum, and it may cancel: random numbers,
-        ``(bits - 1) * 2 - 1``, would lose their last digits.
+        ``(bits - 1) * 2 - 1``, and masks, ``s - 1e9 * (1 - m)``, would lose their last digits.
         """
+        if equation.name not in ("add", "sub"):
+            return False
         data = [v for v in equation.values if self.known[v].of != "const"]
+        if not data:
+            return True
         alone = len(data) == 1 and data[0] not in self.made_of_params
         alone = alone and not self.known[data[0]].trainable  # what a loop carries, for one
         added = [a for a in equation.inputs if a not in data]
         numbers = all(math.prod(a.aval.shape) == 1 for a in added)  # type: ignore[union-attr]
-        return alone and bool(added) and numbers and equation.name in ("add", "sub")
+        return alone and bool(added) and numbers
 
     def _cut_products(self, equation: Equation) -> None:
         """Makes roots of products that are summed, joined, or added where one could do for both."""

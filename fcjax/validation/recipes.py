@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import jax.numpy as jnp
+
 from fcjax.numbers.interpreter import Interpreter
 from fcjax.numbers.periodic import Numbers
+from fcjax.planning.parts import Linear, Recipe
 from fcjax.planning.plan import Plan
 from fcjax.running.program import Program
 from fcjax.tracing.trace import Equation, Value
-from fcjax.validation.drawing import Draw, differ, less_mean, settled, size
+from fcjax.validation.drawing import CLOSE, Draw, differ, less_mean, settled, size
 
 __all__ = ["refuted"]
 
@@ -35,7 +38,7 @@ def refuted(plan: Plan, *, ahead: bool = False) -> dict[Value, str]:
     return settled(lambda draw: _refuted(program, _Equations(plan, draw), ahead))
 
 
-def _refuted(program: Program, equations: "_Equations", ahead: bool) -> dict[Value, str]:
+def _refuted(program: Program, equations: _Equations, ahead: bool) -> dict[Value, str]:
     found = {}
     for value in program.plan.recipes:
         expected = equations.meant(value)
@@ -44,10 +47,36 @@ def _refuted(program: Program, equations: "_Equations", ahead: bool) -> dict[Val
         except Exception as error:
             found[value] = f"it fails with {type(error).__name__}: {error}"
             continue
-        answer = differ(made, expected, equations.scale[value])
+        close = _close(program.plan.recipes[value])
+        answer = differ(made, expected, equations.scale[value], close)
         if answer is not None:
             found[value] = answer
     return found
+
+
+def _close(recipe: Recipe) -> float:
+    """How far a recipe may be off: what jax traces first rounds its numbers to the dtype."""
+    traced = any(isinstance(part, Linear) and part.apart for part in recipe.parts)
+    return 4 * float(jnp.finfo(recipe.expr.dtype).eps) if traced else CLOSE
+
+
+def cone(plan: Plan, value: Value) -> tuple[list[Equation], list[Value]]:
+    """The equations that say what a value is, and the values that they start from."""
+    needed, found = {value}, []
+    for equation in reversed(plan.body.equations):
+        if any(
+            v is not None and _says(plan, equation, v)
+            for v in needed.intersection(equation.outputs)
+        ):
+            found.append(equation)
+            needed.update(equation.values)
+    made = {v for e in found for v in e.outputs}
+    return found[::-1], [v for v in needed if v not in made]
+
+
+def _says(plan: Plan, maker: Equation, value: Value) -> bool:
+    """Whether an equation is looked into: those that are no sums are not, but for products."""
+    return maker not in plan.boundaries or value in plan.bases
 
 
 class _Equations(Mapping[Value, Numbers]):
@@ -102,8 +131,7 @@ class _Equations(Mapping[Value, Numbers]):
     def _maker(self, value: Value) -> Equation | None:
         """The equation that says what a value is made of; None where that is not looked at."""
         maker = self._makers.get(value)
-        opaque = maker in self._plan.boundaries and value not in self._plan.bases
-        return None if opaque else maker
+        return maker if maker is not None and _says(self._plan, maker, value) else None
 
     def _evaluate(self, equation: Equation) -> None:
         operands = [self._numbers[a] if isinstance(a, Value) else a.val for a in equation.inputs]
@@ -115,4 +143,4 @@ class _Equations(Mapping[Value, Numbers]):
 
     def _keep(self, value: Value, numbers: Numbers, read: list[Scale]) -> None:
         self._numbers[value] = numbers
-        self.scale[value] = tuple(map(max, zip(size(numbers), *read, strict=True)))  # type: ignore[assignment]
+        self.scale[value] = tuple(map(max, zip(size(numbers), *read, strict=True)))
