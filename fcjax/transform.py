@@ -27,7 +27,7 @@ from fcjax.rules.rewrite import rewritten
 from fcjax.running.program import Program
 from fcjax.tracing import axes, trace
 from fcjax.tracing.calls import Call
-from fcjax.tracing.final import before_final
+from fcjax.tracing.final import hidden_leaves
 from fcjax.tracing.trace import Body, Kind
 from fcjax.validation.plans import validated
 
@@ -560,7 +560,8 @@ def _tree(params: PyTree) -> Tree:
 
 
 def _require_folded(fc: FrontContribution) -> None:
-    left = [fc.paths[i] for i in before_final(fc.plan.body, fc.plan.known, len(fc.paths))]
+    kinds = [fc.plan.known[value] for value in fc.plan.body.inputs]
+    left = [fc.paths[i] for i in hidden_leaves(fc.plan.body, kinds, len(fc.paths))]
     if left:
         sizes = {row.path: math.prod(row.reduced_shape or ()) for row in fc.report}
         reasons = {fc.paths[leaf]: reason for leaf, reason in fc._reduction.reasons.items()}
