@@ -38,8 +38,8 @@ def refuted_hoists(written: Body, hoisted: Body) -> str | None:
     before, after = _makers(written), _makers(hoisted)
     same = {v for v, e in before.items() if after.get(v) is e}
     wanted = [v for v in before if v in after and v not in same and _is_float(v)]
-    # what all rows share is read before or behind its repetition for them
-    same = {v for v in same if before[v].name != "broadcast_in_dim"}
+    # rows are read of the table or looked up, and what they share before or behind its repetition
+    same = {v for v in same if before[v].name not in ("gather", "broadcast_in_dim")}
     if not wanted:
         return None
     parts = [_needed(body, wanted, same) for body in (written, hoisted)]
