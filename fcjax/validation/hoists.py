@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcjax import compat
+from fcjax.numbers.drawing import Draw, apart, settled
 from fcjax.numbers.entrywise import combined
 from fcjax.numbers.interpreter import Interpreter, Unevaluated
 from fcjax.numbers.periodic import Array, Numbers
 from fcjax.tracing.trace import Body, Equation, Value
 from fcjax.validation.bodies import CLOSE
-from fcjax.validation.drawing import Draw, apart, settled
 
 __all__ = ["refuted_hoists"]
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from fcjax.numbers.drawing import CLOSE, Draw, differ, less_mean, settled, size
 from fcjax.numbers.interpreter import Interpreter
 from fcjax.numbers.periodic import Numbers
 from fcjax.planning.parts import Linear, Recipe
 from fcjax.planning.plan import Plan
 from fcjax.running.program import Program
 from fcjax.tracing.trace import Equation, Value
-from fcjax.validation.drawing import CLOSE, Draw, differ, less_mean, settled, size
 
 __all__ = ["refuted"]
 
@@ -139,12 +139,11 @@ class _Equations(Mapping[Value, Numbers]):
         return maker if maker is not None and _says(self._plan, maker, value) else None
 
     def _evaluate(self, equation: Equation) -> None:
-        operands = [self._numbers[a] if isinstance(a, Value) else a.val for a in equation.inputs]
-        whole = [self._interpreter.whole(x) for x in operands]
-        made = self._interpreter.apply(equation.source, whole)
-        for value, numbers in zip(equation.outputs, made, strict=True):
+        made = dict(self._numbers)
+        self._interpreter.compute([equation], made)
+        for value in equation.outputs:
             if value is not None:
-                self._keep(value, numbers, [self.scale[v] for v in equation.values])
+                self._keep(value, made[value], [self.scale[v] for v in equation.values])
 
     def _keep(self, value: Value, numbers: Numbers, read: list[Scale]) -> None:
         self._numbers[value] = numbers

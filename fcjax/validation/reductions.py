@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fcjax.numbers.drawing import Draw, apart, settled
 from fcjax.numbers.entrywise import combined
 from fcjax.numbers.interpreter import Interpreter, Unevaluated
 from fcjax.numbers.periodic import STEP, Numbers
@@ -21,7 +22,6 @@ from fcjax.planning.plan import Plan
 from fcjax.rules.reduction import Reduction
 from fcjax.running.program import Program
 from fcjax.tracing.trace import Body, Value
-from fcjax.validation.drawing import Draw, apart, settled
 
 __all__ = ["refuted_reduction"]
 
@@ -135,14 +135,9 @@ class _Check:
 
     def _outputs(self, full: Sequence[Any], given: Sequence[Any]) -> list[Any]:
         """What the original network returns."""
-        constants = [array for _, array in self.network.constants]
-        env = dict(zip(self.network.inputs, [*full, *given], strict=True))
-        env |= dict(zip((v for v, _ in self.network.constants), constants, strict=True))
-        for equation in self.network.equations:
-            operands = [env[a] if isinstance(a, Value) else a.val for a in equation.inputs]
-            values = list(map(self.interpreter.whole, operands))
-            made = self.interpreter.apply(equation.source, values)
-            env.update((v, x) for v, x in zip(equation.outputs, made, strict=True) if v)
+        env: dict[Any, Any] = dict(self.network.constants)
+        env |= dict(zip(self.network.inputs, [*full, *given], strict=True))
+        self.interpreter.compute(self.network.equations, env)
         outputs = [env[a] if isinstance(a, Value) else a.val for a in self.network.outputs]
         return list(map(self.interpreter.whole, outputs))
 
