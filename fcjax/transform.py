@@ -173,8 +173,7 @@ class FrontContribution:
             "frozen": self._tree.frozen,
             **self._reduction.contributions,
         }
-        reduced = self._reduction.reduce(self._tree.leaves, self.contributions)
-        self.params = jax.tree.unflatten(self._tree.structure, reduced)
+        self.params = jax.tree.unflatten(self._tree.structure, self._reduction.start())
         self._params_structure = jax.tree.structure(self.params)
         self._shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(self.params))
 

@@ -237,9 +237,11 @@ def balanced(network: Written, tree: Tree) -> Tree:
 
 def _kept_or_new(old: Any, new: Any) -> Any:
     """The new array, if it differs from the old one by more than the folds allow for."""
-    if np.max(np.abs(new - old), initial=0.0) <= BALANCED * np.max(np.abs(old), initial=0.0):
+    if new is old:
         return old
-    return jnp.asarray(new, old.dtype)
+    before, after = np.asarray(old), np.asarray(new)
+    largest, change = (np.max(np.abs(x), initial=0.0) for x in (before, after - before))
+    return old if change <= BALANCED * largest else jnp.asarray(after, before.dtype)
 
 
 def _balanced(chain: fold.Chain | MatrixChain, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

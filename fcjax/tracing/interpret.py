@@ -58,8 +58,8 @@ def interpreted(jaxpr: Any) -> Callable[..., list[Array]]:
 
     def run(*arrays: Array) -> list[Array]:
         held = list(slots.initial)
-        for slot, array in zip(inputs, arrays, strict=True):
-            held[slot] = array
+        for slot, value, array in zip(inputs, body.inputs, arrays, strict=True):
+            held[slot] = _plain(array, value.aval.dtype)
         with np.errstate(all="ignore"):
             for compute, read, made in steps:
                 results = compute(*[held[slot] for slot in read])
