@@ -9,7 +9,6 @@ norms over several leaves depend on it, so nothing is inferred from what an opti
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,6 +31,7 @@ _TOLERANCE = 1e-6
 
 # Clipping hides below its threshold and saturates above it, so the gradients have many scales.
 _SCALES = tuple(10.0**exponent for exponent in range(-4, 5))
+_TOGETHER = 3
 
 # RAdam changes its rule at its sixth update, and optax.MultiSteps makes an update of several steps:
 # so steps are counted that move the weights, and if these are too few there is a longer attempt.
@@ -216,13 +216,16 @@ class _Seen:
 
 def _trained(optimizer: optax.GradientTransformation, pair: Pair) -> _Seen:
     """Trains the two trees at every scale of the gradients, up to the first that parts them."""
-    seen = _seen(optimizer, pair, _SCALES[:1])  # most that part the trees do so at any scale
-    if not _parted(seen).any():
-        seen = np.concatenate([seen, _seen(optimizer, pair, _SCALES[1:])], axis=2)
+    full, reduced = (Trainings(optimizer, _repeated(w, _TOGETHER)) for w in pair.weights())
+    gradients = pair.gradients(_STEPS)
+    found: list[np.ndarray] = []
+    for scales in np.reshape(_SCALES, (-1, _TOGETHER)):
+        found.append(_at(scales, full, reduced, pair, gradients))
+        if _parted(found[-1]).any():  # most that part the trees do so at any scale
+            break
+    seen = np.concatenate(found, axis=2)
     parted = np.flatnonzero(_parted(seen))
-    if len(parted):
-        seen = seen[:, :, : parted[0] + 1]
-    return _Seen(*np.max(seen, axis=2))
+    return _Seen(*np.max(seen[:, :, : parted[0] + 1] if len(parted) else seen, axis=2))
 
 
 def _parted(seen: np.ndarray) -> np.ndarray:
@@ -230,35 +233,29 @@ def _parted(seen: np.ndarray) -> np.ndarray:
     return np.max(seen[0], axis=0) > _TOLERANCE
 
 
-def _seen(
-    optimizer: optax.GradientTransformation, pair: Pair, scales: Sequence[float]
+def _at(
+    scales: np.ndarray, full: Trainings, reduced: Trainings, pair: Pair, gradients: tuple[Any, Any]
 ) -> np.ndarray:
     """What training at some scales shows of each leaf, of shape `(3, leaves, scales)`."""
+    full.begin()
+    reduced.begin()
+
+    def step(number: int) -> np.ndarray:
+        wide, small = jax.tree.map(lambda g: np.multiply.outer(scales, g[number]), gradients)
+        return pair.differences(full.step(wide), reduced.step(small))
+
     seen = np.zeros((3, len(pair.leaves), len(scales)))
     going = np.ones(len(scales), bool)
-    for drift, stray, moves in itertools.islice(_rounds(optimizer, pair, scales), _ROUNDS):
+    for _ in range(_ROUNDS):
+        with np.errstate(all="ignore"):
+            found = pair.compared([step(number) for number in range(_STEPS)], full.weights)
+        drift, stray, moves = found
         more = [np.maximum(seen[0], drift), np.maximum(seen[1], stray), seen[2] + moves]
         seen = np.where(going, more, seen)
         going = np.any(seen[2, pair.concerned] < _MOVES, axis=0)
         if not going.any():
             break
     return seen
-
-
-def _rounds(
-    optimizer: optax.GradientTransformation, pair: Pair, scales: Sequence[float]
-) -> Iterator[np.ndarray]:
-    """What each further round of steps shows, as `Pair.compared` returns it."""
-    full, reduced = (Trainings(optimizer, _repeated(w, len(scales))) for w in pair.weights())
-    gradients = pair.gradients(_STEPS)
-
-    def step(number: int) -> np.ndarray:
-        wide, small = jax.tree.map(lambda g: np.multiply.outer(scales, g[number]), gradients)
-        return pair.differences(full.step(wide), reduced.step(small))
-
-    while True:
-        with np.errstate(all="ignore"):
-            yield pair.compared([step(number) for number in range(_STEPS)], full.weights)
 
 
 def _repeated(tree: Any, times: int) -> Any:

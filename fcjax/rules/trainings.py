@@ -63,16 +63,21 @@ class Trainings:
             updates, state = optimizer.update(gradients, state, weights)
             return optax.apply_updates(weights, updates), state, updates
 
-        self.weights = weights
         init, _ = _side_by_side(optimizer.init, weights)
-        self._state = init(weights)
-        self._update, (_, later, _) = _side_by_side(update, weights, self._state, weights)
-        if _types(later) != _types(self._state):
+        state = init(weights)
+        self._update, (_, later, _) = _side_by_side(update, weights, state, weights)
+        if _types(later) != _types(state):
             # some optimizers start in float32 what they continue in the weights' dtype
-            self._state = jax.tree.map(_as_type, self._state, later)
-            self._update, (_, again, _) = _side_by_side(update, weights, self._state, weights)
+            state = jax.tree.map(_as_type, state, later)
+            self._update, (_, again, _) = _side_by_side(update, weights, state, weights)
             if _types(again) != _types(later):
                 raise TypeError("its state has other types after every step")
+        self._start = weights, state
+        self.begin()
+
+    def begin(self) -> None:
+        """Goes back to the weights that were given."""
+        self.weights, self._state = self._start
 
     def step(self, gradients: Tree) -> Tree:
         """One step of each training; returns the updates."""

@@ -181,7 +181,13 @@ def _broadcast(eqn: JaxprEqn) -> Compute:
     shape, axes = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     sizes = dict(zip(axes, _avals(eqn.invars)[0].shape, strict=True))
     long = tuple(sizes.get(axis, 1) for axis in range(len(shape)))
-    return lambda x, *_: np.broadcast_to(x.reshape(long), shape)
+
+    def spread(x: Array) -> Array:
+        made = np.empty(shape, x.dtype)
+        made[...] = x.reshape(long)
+        return made
+
+    return spread
 
 
 @rule("transpose")
@@ -206,7 +212,7 @@ def _reduce(eqn: JaxprEqn) -> Compute | None:
     over = {"sum": np.add, "max": np.maximum, "min": np.minimum, "and": np.bitwise_and,
             "or": np.bitwise_or}[eqn.primitive.name.removeprefix("reduce_")]  # fmt: skip
     x, result = _avals([*eqn.invars, *eqn.outvars])
-    if 0 in x.shape:
+    if 0 in x.shape and over.identity is None:
         return None
     return lambda x: over.reduce(x, axis=tuple(eqn.params["axes"]), dtype=result.dtype)
 
