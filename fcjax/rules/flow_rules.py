@@ -165,6 +165,8 @@ def _matrix(
     widths = (upright[0].shape[0], *(a.shape[1] for a in upright))
     shape, rank, dtype = (widths[0], widths[-1]), min(widths), arrays[0].dtype
     listed = ", ".join(names)
+    if not rank:
+        return f"the product of {listed} has no entries"
     if shape[0] * shape[1] > sum(a.size for a in arrays):
         return f"the product of {listed} has more entries than its factors together"
     sizes = np.linalg.svd(_product(upright), compute_uv=False)
