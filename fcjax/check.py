@@ -16,6 +16,8 @@ from fcjax.tracing.trace import Body, Kind, Value
 __all__ = [
     "data",
     "inferred_arguments",
+    "is_known",
+    "kept",
     "options",
     "outputs",
     "params",
@@ -89,6 +91,26 @@ def params(tree: Any) -> None:
             raise FrontContributionError(
                 f"params leaf {path_name(path)} has NaN entries; check its initialisation"
             )
+
+
+def is_known(leaf: Any) -> bool:
+    """Whether an array has values: it is not traced, and its buffer has not been donated."""
+    if isinstance(leaf, jax.core.Tracer):
+        return False
+    return not (isinstance(leaf, jax.Array) and leaf.is_deleted())
+
+
+def kept(tree: Any, what: str, remedy: str) -> None:
+    """Checks that no array has been donated to a jitted function, which deletes it.
+
+    Raises:
+      FrontContributionError: with the remedy.
+    """
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(tree)):
+        raise FrontContributionError(
+            f"{what} have been donated to a jitted function, as by donate_argnums, and are gone; "
+            f"{remedy}"
+        )
 
 
 def structure(tree: Any, expected: Any, what: str) -> None:

@@ -154,7 +154,7 @@ class FrontContribution:
         self._avals = tuple(jax.typeof(leaf) for leaf in self._tree.leaves)
         self._compiled: dict[Hashable, _Compiled] = {}
         call = Call.of(example_args, {})
-        body, out_structure, assumed = self._trace(self._avals, call, anywhere=True)
+        body, out_structure, self._assumed = self._trace(self._avals, call, anywhere=True)
         self._reduction = nothing(self._tree)
         network = self._given = self._written(body, call)
         check.outputs(network.body, network.known)
@@ -169,10 +169,9 @@ class FrontContribution:
             self._reduction = nothing(self._tree, unasked(network, self._tree, exactness))
         self.contributions: dict[str, Any] = {}
         self._settle(body, call, out_structure)
-        if not assumed:
+        if not self._assumed:
             self._compiled[self._key(self._avals, call)] = self._example
-        reduced = self._reduction.reduce(self._tree.leaves, self.contributions)
-        self.params = jax.tree.unflatten(self._tree.structure, reduced)
+        self.params = jax.tree.unflatten(self._tree.structure, self._reduction.start())
         self._params_structure = jax.tree.structure(self.params)
         self._shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(self.params))
 
@@ -465,10 +464,10 @@ class FrontContribution:
 
     def _trace(
         self, avals: Sequence[Any], call: Call, *, anywhere: bool = False
-    ) -> tuple[Body, Any, tuple[str, ...]]:
+    ) -> tuple[Body, Any, dict[str, int]]:
         """The network on its original parameters, and the structure of what it returns.
 
-        With ``anywhere`` also outside mapped axes that it names; those come last.
+        With ``anywhere`` also outside mapped axes that it names; their assumed sizes come last.
         """
         flat = call.flattened(self.apply_fn, self._tree.structure)
         with check.tracing(call.arrays):
@@ -535,9 +534,8 @@ class FrontContribution:
         return of_network(body, kinds, self.paths, self._tree.leaves)
 
     def __str__(self) -> str:
-        text = reporting.text(self._example.plan, self._reduction)
-        unknown = any(isinstance(leaf, jax.core.Tracer) for leaf in self._tree.leaves)
-        if self._exactness == "discrete" or unknown:
+        text = reporting.text(self._example.plan, self._reduction, self._assumed)
+        if self._exactness == "discrete" or not all(map(check.is_known, self._tree.leaves)):
             return text
         return f"{text}\n\n{self._certificate()}"
 

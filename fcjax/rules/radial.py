@@ -1,4 +1,4 @@
-r"""The radial closure: hidden units with frozen directions, whose norms obey every law.
+r"""The radial closure: hidden units with frozen directions, whose norms obey the laws.
 
 Gradient flow conserves, for each hidden unit whose activation is homogeneous of degree p,
 ``|in|^2 - p |out|^2``: the squared norms of its incoming and outgoing weights. Freeze the direction
@@ -9,7 +9,8 @@ final layer's weights, backwards through the layers,
 
 affine in the squares of the final weights, with constants that are computed before training. Only
 the final layer is trained, and no backward pass crosses a hidden one. It is not backpropagation:
-directions do move there. What it shares with it are the values of all laws, exactly.
+directions do move there. What it shares with it are the values of all units' laws, exactly. Of the
+matrices between linear layers these are the diagonals; the products of two units change.
 """
 
 import dataclasses
