@@ -16,6 +16,7 @@ __all__ = [
     "Var",
     "bind",
     "bound_axes",
+    "inner_jaxprs",
     "is_dropped",
     "is_placed",
     "open_jaxpr",
@@ -45,6 +46,12 @@ def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 def bound_axes() -> tuple[tuple[Any, int], ...]:
     """The names and sizes of the mapped axes around a call, which a trace may depend on."""
     return tuple((name, lax.axis_size(name)) for name in jex.unsafe_get_axis_names_DO_NOT_USE())
+
+
+def inner_jaxprs(eqn: JaxprEqn) -> list[Any]:
+    """The jaxprs among an equation's parameters: bodies of loops, branches, calls."""
+    listed = (x if isinstance(x, (tuple, list)) else [x] for x in eqn.params.values())
+    return [x for values in listed for x in values if isinstance(x, (Jaxpr, ClosedJaxpr))]
 
 
 def scan_layout(params: dict[str, Any]) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from fcjax.rules.reduction import Tree, nothing
 from fcjax.rules.rewrite import rewritten
 from fcjax.running.program import Program
 from fcjax.tracing import axes, trace
-from fcjax.tracing.calls import Call
+from fcjax.tracing.calls import Call, Calls
 from fcjax.tracing.final import before_final
 from fcjax.tracing.trace import Body, Kind
 from fcjax.validation.plans import validated
@@ -151,7 +151,8 @@ class FrontContribution:
         self.paths = self._tree.paths
         self._avals = tuple(jax.typeof(leaf) for leaf in self._tree.leaves)
         self._compiled: dict[Hashable, _Compiled] = {}
-        call = Call.of(example_args, {})
+        self._calls = Calls(apply_fn, self._tree.structure, self._avals)
+        call = self._calls.of(example_args, {})
         body, out_structure, assumed = self._trace(self._avals, call, anywhere=True)
         self._reduction = nothing(self._tree)
         network = self._given = self._written(body, call)
@@ -187,7 +188,9 @@ class FrontContribution:
 
         Args:
           params: parameters of the structure of ``fc.params``.
-          *args: what ``apply_fn`` takes; batch sizes need not be those of the example.
+          *args: what ``apply_fn`` takes; batch sizes need not be those of the example. Python
+            numbers are data, as for ``jax.jit``, unless ``apply_fn`` branches on them, makes shapes
+            of them or asks for their type; bools are flags.
           **kwargs: likewise.
 
         Returns:
@@ -205,7 +208,7 @@ class FrontContribution:
           (5, 3)
         """
         leaves = self._leaves(params, self.contributions["frozen"])
-        call = Call.of(args, kwargs)
+        call = self._calls.of(args, kwargs)
         self._reduction.refuse_outside(call.arrays)
         running = self._reduction.running(leaves, self.contributions)
         compiled = self._compile(running, call)
@@ -241,7 +244,7 @@ class FrontContribution:
           [[0.0, 2.0, 4.0]]
         """
         leaves = self._leaves(params, contributions["frozen"])
-        call = Call.of(args, kwargs)
+        call = self._calls.of(args, kwargs)
         running = self._reduction.running(leaves, contributions)
         compiled = self._compile(running, call)
         own = {id(a): i for i, (_, a) in enumerate(self._example.body.constants)}
@@ -434,10 +437,9 @@ class FrontContribution:
         return aval if aval.shape == shape else jax.core.ShapedArray(shape, aval.dtype)
 
     def _key(self, avals: Sequence[Any], call: Call) -> Hashable:
-        of_call = tuple(jax.typeof(x) for x in call.arrays)
         precision = jax.config.values["jax_default_matmul_precision"]
         around = folds_always(), precision, compat.bound_axes()
-        return tuple(avals), of_call, call.static, around
+        return tuple(avals), call.key, around
 
     def _trace(
         self, avals: Sequence[Any], call: Call, *, anywhere: bool = False

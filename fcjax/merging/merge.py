@@ -22,7 +22,7 @@ from fcjax.merging.table import MergedRow, names_of, nothing_merged, rows
 from fcjax.names import path_name
 from fcjax.running.program import Program
 from fcjax.tracing import trace
-from fcjax.tracing.calls import Call
+from fcjax.tracing.calls import Call, Calls
 from fcjax.tracing.trace import Body
 
 __all__ = ["Merged", "merge"]
@@ -108,7 +108,8 @@ class Merged:
         self._avals = tuple(jax.typeof(leaf) for leaf in self._original)
         self._compiled: dict[Hashable, _Compiled] = {}
         self._timings: Timings | None = None
-        call = Call.of(example_args, {})
+        self._calls = Calls(apply_fn, self._structure, self._avals)
+        call = self._calls.of(example_args, {})
         self._raw: frozenset[int] = frozenset()
         first = self._settled(call)
         self._names = names_of(first.merging.kept, self._paths)
@@ -131,7 +132,9 @@ class Merged:
 
         Args:
           params: arrays of the structure of ``merged.params``.
-          *args: what ``apply_fn`` takes, without constant arguments; of any batch size.
+          *args: what ``apply_fn`` takes, without constant arguments; of any batch size. Python
+            numbers are data, as for ``jax.jit``, unless ``apply_fn`` branches on them, makes shapes
+            of them or asks for their type; bools are flags.
           **kwargs: likewise.
 
         Returns:
@@ -151,7 +154,7 @@ class Merged:
             return self.apply_fn(params, *args, **kwargs)
         check.structure(params, jax.tree.structure(self.params), "merged params")
         _check_arrays(params, self._given)
-        call = Call.of(args, kwargs)
+        call = self._calls.of(args, kwargs)
         key = self._key(call)
         compiled = self._compiled.get(key)
         if compiled is None:
@@ -178,7 +181,7 @@ class Merged:
           >>> sorted(merged.latency(jnp.ones((4, 3)), repeats=3).seconds)
           ['merged', 'original', 'original (again)']
         """
-        call = Call.of(args, {})
+        call = self._calls.of(args, {})
         original = jax.tree.unflatten(self._structure, self._original)
         fns = {
             "original": functools.partial(jax.jit(call.bind(self.apply_fn)), original),
@@ -190,8 +193,7 @@ class Merged:
     # --- tracing, once for every set of shapes ---
 
     def _key(self, call: Call) -> Hashable:
-        of_call = tuple(jax.typeof(x) for x in call.arrays)
-        return of_call, call.static, jax.config.values["jax_default_matmul_precision"]
+        return call.key, jax.config.values["jax_default_matmul_precision"]
 
     def _trace(self, call: Call) -> tuple[Body, Any]:
         _refuse_symbols(call)
@@ -221,7 +223,10 @@ class Merged:
 
     def _other_sizes(self, call: Call) -> list[Call]:
         """The example with other batch sizes, as far as the network takes them."""
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in call.arrays]
+        shapes = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=jax.typeof(x).weak_type)
+            for x in call.arrays
+        ]
         batch = max((x.shape for x in shapes), key=len, default=())[:1]
         found = []
         for size in OTHER_SIZES:
