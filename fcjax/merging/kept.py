@@ -35,13 +35,13 @@ class Kept:
     Attributes:
       value: what it is called in the merged network.
       identity: equal for equal computations, whatever the shapes of the call.
-      sources: the numbers of the parameters it is made of.
+      sources: the identities of the parameters and constants it is made of.
       formed: how it is made if it is an effective weight or bias, else None.
     """
 
     value: Value
     identity: str
-    sources: tuple[int, ...]
+    sources: frozenset[str]
     formed: Forming | None
 
 

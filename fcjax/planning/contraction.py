@@ -40,6 +40,9 @@ VECTOR = 0.25
 """The part of ``START`` that a product with a vector takes: the compiler fuses it with others."""
 ELEMENTWISE = 4.0
 """Operations that one fused elementwise operation counts as."""
+WIDENED = 1e9
+"""How much dearer a product counts for inference that repeats data for every entry of a weight, as
+a matrix for each example: other orders do what it does on the data, which have fewer entries."""
 EXHAUSTIVE = 6
 """Up to so many operands every order is tried; longer terms are chains or ordered greedily."""
 
@@ -235,10 +238,17 @@ def _cheapest(splits: Sequence[tuple[Best, Best]], keep: frozenset[Label], runs:
         time = time_a + time_b + measure(cost, runs)
         if math.isinf(runs) and a.once and b.once and not a.labels & b.labels:
             time = math.inf  # it would save a product entry by entry, and be a matrix for each
+        if math.isinf(runs) and a.once != b.once and _widens(b if a.once else a, result):
+            time += WIDENED * measure(cost, runs)
         if best is None or time < best[0]:
             best = (time, (order_a, order_b), result)
     assert best is not None
     return best
+
+
+def _widens(data: Operand, result: Operand) -> bool:
+    """Whether a product with a weight only repeats the data along further axes."""
+    return data.labels < result.labels
 
 
 def _as_chain(operands: Sequence[Operand], keep: frozenset[Label]) -> list[int] | None:

@@ -13,6 +13,7 @@ from fcjax.expressions.terms import Leaf
 from fcjax.tracing.repeats import KNOWN, repeated, repetition
 
 __all__ = [
+    "ARITHMETIC",
     "INLINED",
     "REMAT",
     "Body",

@@ -1,0 +1,121 @@
+"""A network merged for the shapes of a call, so that other batch sizes read the same arrays."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fcjax.measure import flops
+from fcjax.merging.kept import Kept, Merging
+from fcjax.merging.planned import merging
+from fcjax.running.program import Program
+from fcjax.tracing.calls import Call
+from fcjax.tracing.trace import Body
+
+__all__ = ["Compiled", "Traced", "resized", "settled"]
+
+PyTree = Any
+OTHER_SIZES = (1, 1024)
+"""Batch sizes for which a merged network is prepared beside that of the example."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A network, traced for the shapes of a call.
+
+    Attributes:
+      body: its equations.
+      structure: that of what it returns.
+      flops: floating-point operations of a call.
+    """
+
+    body: Body
+    structure: Any
+    flops: float
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether an argument or a parameter has no entries, as for a batch of size 0."""
+        return any(0 in value.shape for value in self.body.inputs)
+
+
+class Compiled:
+    """The merged network for one set of shapes, as a jitted function."""
+
+    def __init__(self, found: Merging, structure: Any) -> None:
+        self.merging = found
+        self.constants = [array for _, array in found.plan.body.constants]
+        self._structure = structure
+        program = Program(found.plan)
+        self._run = jax.jit(lambda inputs, constants: program(inputs, constants, {}))
+
+    def other_than(self, first: "Compiled") -> list[Kept]:
+        """What is kept here, but not there."""
+        known = {k.identity for k in first.merging.kept}
+        return [k for k in self.merging.kept if k.identity not in known]
+
+    def flops(self, arrays: Sequence[Any]) -> float:
+        """Floating-point operations of a call."""
+        stored = [
+            jax.ShapeDtypeStruct(k.value.shape, k.value.aval.dtype) for k in self.merging.kept
+        ]
+        return flops(self, stored, arrays)
+
+    def __call__(self, stored: Sequence[Any], arrays: Sequence[Any]) -> PyTree:
+        """What the network returns, given the arrays that are kept and the arguments."""
+        shaped = [
+            jnp.reshape(x, k.value.shape) for x, k in zip(stored, self.merging.kept, strict=True)
+        ]
+        outputs = self._run([*shaped, *arrays], self.constants)
+        return jax.tree.unflatten(self._structure, outputs)
+
+
+def compiled(traced: Traced, names: Sequence[str], raw: frozenset[str]) -> Compiled:
+    """Merges a network; ``raw`` has the identities of what is kept as it is."""
+    return Compiled(merging(traced.body, names, raw), traced.structure)
+
+
+def settled(
+    traced: Sequence[Traced], names: Sequence[str]
+) -> tuple[list[Compiled], frozenset[str]]:
+    """The same network for several batch sizes, merged so that all read the same arrays.
+
+    What one of them would multiply in another way is kept as it is.
+
+    Args:
+      traced: the network for each size.
+      names: the names of its parameters.
+
+    Returns:
+      the merged network for each size, and the identities of what is kept as it is.
+    """
+    raw = frozenset[str]()
+    while True:
+        found = [compiled(t, names, raw) for t in traced]
+        first = found[_reference(traced)]
+        odd = raw.union(*(k.sources for c in found for k in c.other_than(first)))
+        if odd == raw:
+            return found, raw
+        raw = odd
+
+
+def _reference(traced: Sequence[Traced]) -> int:
+    """The first of the networks that has rows: one without any needs next to nothing."""
+    return next((i for i, t in enumerate(traced) if not t.is_empty), 0)
+
+
+def resized(call: Call) -> list[Call]:
+    """A call with other batch sizes: that of its first argument of most axes, wherever it is."""
+    batch = max((x.shape for x in call.arrays), key=len, default=())[:1]
+    return [
+        dataclasses.replace(call, arrays=tuple(_resized(x, batch, size) for x in call.arrays))
+        for size in OTHER_SIZES
+        if batch and batch != (size,)
+    ]
+
+
+def _resized(array: Any, batch: tuple[int, ...], size: int) -> jax.ShapeDtypeStruct:
+    shape = (size, *array.shape[1:]) if array.shape[:1] == batch else array.shape
+    return jax.ShapeDtypeStruct(shape, array.dtype, weak_type=jax.typeof(array).weak_type)
