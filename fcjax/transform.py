@@ -1,16 +1,17 @@
 """``front_contribute``: the library's one transform, and the object it returns."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fcjax import check, compat
 from fcjax import report as reporting
+from fcjax.copies import Copied
 from fcjax.errors import NotFoldableError
 from fcjax.expressions.written import Written, written
 from fcjax.laws.certificate import Certificate, of_network
@@ -22,7 +23,7 @@ from fcjax.rules.choice import choose
 from fcjax.rules.flow_matrices import MatrixFold
 from fcjax.rules.flow_rules import unasked
 from fcjax.rules.products import MatrixChain, with_products
-from fcjax.rules.reduction import Tree, nothing
+from fcjax.rules.reduction import Reduction, Tree, nothing
 from fcjax.rules.rewrite import rewritten
 from fcjax.running.program import Program
 from fcjax.tracing import axes, trace
@@ -120,7 +121,7 @@ def front_contribute(
     return fc
 
 
-class FrontContribution:
+class FrontContribution(Copied):
     """A network whose non-final layers are folded into effective weights.
 
     Attributes:
@@ -131,7 +132,13 @@ class FrontContribution:
         ``apply_fn`` closes over, non-float parameter leaves, and what leads from the trained
         parameters to the original ones (signs, bases, what no basis reaches, constants of laws).
       objective: what the planner saves.
+
+    Copies and pickles are without compiled functions. What cannot be pickled, such as an
+    ``apply_fn`` that is a lambda, makes ``pickle`` fail in its own words.
     """
+
+    anew = frozenset({"_calls", "_compiled", "_example", "_given"})
+    mutable = frozenset({"contributions", "params"})
 
     def __init__(
         self,
@@ -150,12 +157,12 @@ class FrontContribution:
         self._tree = _tree(params)
         self.paths = self._tree.paths
         self._avals = tuple(jax.typeof(leaf) for leaf in self._tree.leaves)
-        self._compiled: dict[Hashable, _Compiled] = {}
-        self._calls = Calls(apply_fn, self._tree.structure, self._avals)
+        self.begin_anew()
         call = self._calls.of(example_args, {})
+        self._call = call.shapes
         body, out_structure, assumed = self._trace(self._avals, call, anywhere=True)
         self._reduction = nothing(self._tree)
-        network = self._given = self._written(body, call)
+        network = self._given = self._written(body)
         check.outputs(network.body, network.known)
         if optimizer is not None:
             given = check.data(data, call.arrays)
@@ -167,12 +174,12 @@ class FrontContribution:
         elif exactness != "discrete":
             self._reduction = nothing(self._tree, unasked(network, self._tree, exactness))
         if not self._reduction.is_trivial:
-            network = self._written(body, call)
+            network = self._written(body)
         self._example = self._planned(network, out_structure, self._given)
         if not assumed:
             self._compiled[self._key(self._avals, call)] = self._example
         self.contributions: dict[str, Any] = {
-            "constants": tuple(array for _, array in body.constants),
+            "constants": tuple(_plain(array) for _, array in body.constants),
             "frozen": self._tree.frozen,
             **self._reduction.contributions,
         }
@@ -180,6 +187,11 @@ class FrontContribution:
         self.params = jax.tree.unflatten(self._tree.structure, reduced)
         self._params_structure = jax.tree.structure(self.params)
         self._shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(self.params))
+
+    def begin_anew(self) -> None:
+        """Forgets what was traced and compiled."""
+        self._compiled: dict[Hashable, _Compiled] = {}
+        self._calls = Calls(self.apply_fn, self._tree.structure, self._avals)
 
     # --- the network ---
 
@@ -426,7 +438,7 @@ class FrontContribution:
         found = self._compiled.get(key)
         if found is None:
             body, out_structure, _ = self._trace(avals, call)
-            found = self._planned(self._written(body, call), out_structure)
+            found = self._planned(self._written(body), out_structure)
             if not any(isinstance(c, jax.core.Tracer) for _, c in found.body.constants):
                 self._compiled[key] = found
         return found
@@ -455,13 +467,26 @@ class FrontContribution:
             )
         return trace.flatten(jaxpr), jax.tree.structure(shapes), assumed
 
-    def _written(self, body: Body, call: Call) -> Written:
-        followed = self._reduction.followed
+    @functools.cached_property
+    def _given(self) -> Written:
+        """The network as it was given, traced for the example."""
+        body, *_ = self._trace(self._avals, self._call, anywhere=True)
+        return self._written(body, nothing(self._tree))
+
+    @functools.cached_property
+    def _example(self) -> "_Compiled":
+        """The plan for the example."""
+        body, out_structure, _ = self._trace(self._avals, self._call, anywhere=True)
+        return self._planned(self._written(body), out_structure, self._given)
+
+    def _written(self, body: Body, reduction: Reduction | None = None) -> Written:
+        followed = (reduction or self._reduction).followed
         of_params = [
             PARAM if trained and leaf not in followed else FROZEN
             for leaf, trained in enumerate(self._tree.trained)
         ]
-        return written(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))])
+        of_arguments = [DATA] * (len(body.inputs) - len(of_params))
+        return written(body, [*of_params, *of_arguments])
 
     def _planned(
         self, network: Written, out_structure: Any, original: Written | None = None
@@ -548,6 +573,11 @@ class _Compiled:
     ) -> PyTree:
         outputs = self._run([*leaves, *arrays, *sources], constants)
         return jax.tree.unflatten(self._out_structure, outputs)
+
+
+def _plain(array: Any) -> Any:
+    """An array of numpy as such, not as jax wraps it in what it traces: that cannot be pickled."""
+    return array if isinstance(array, jax.Array) else np.asarray(array)
 
 
 def _tree(params: PyTree) -> Tree:

@@ -19,7 +19,17 @@ from fcjax.expressions.primitives import VIEWS
 from fcjax.tracing import trace
 from fcjax.tracing.trace import Body, Equation, Kind, Value
 
-__all__ = ["compute", "digest", "identities", "is_ahead", "is_look", "kinds", "sources"]
+__all__ = [
+    "compute",
+    "digest",
+    "identities",
+    "is_ahead",
+    "is_look",
+    "kinds",
+    "of_array",
+    "of_param",
+    "sources",
+]
 
 OF_CALL = frozenset({"iota", "gather", "dynamic_slice", "pad", "concatenate"})
 """Primitives whose result can have the size of a batch or of a sequence."""
@@ -39,7 +49,7 @@ def kinds(body: Body, inputs: Sequence[Kind], raw: Set[str] = frozenset()) -> di
       raw: the identities of constants that are read as they are.
     """
     known = trace.kinds(body, inputs)
-    left = [value for value, array in body.constants if raw and _of_array(array) in raw]
+    left = [value for value, array in body.constants if raw and of_array(array) in raw]
     known |= {value: Kind("const", trainable=False, invariant=False) for value in left}
     for equation in body.equations:
         for value in equation.outputs:
@@ -105,10 +115,11 @@ def sources(body: Body, names: Mapping[Value, str]) -> dict[Value, frozenset[str
 
 def _given(body: Body, names: Mapping[Value, str]) -> dict[Value, str]:
     parameters = {value: digest("input", name) for value, name in names.items()}
-    return parameters | {value: _of_array(array) for value, array in body.constants}
+    return parameters | {value: of_array(array) for value, array in body.constants}
 
 
-def _of_array(array: Any) -> str:
+def of_array(array: Any) -> str:
+    """A name for an array, equal for equal numbers."""
     if isinstance(array, jax.core.Tracer) or jnp.issubdtype(array.dtype, jax.dtypes.extended):
         return digest("constant", id(array))  # without values to compare: the same only as itself
     values = np.asarray(array)
@@ -122,7 +133,7 @@ def _of_equation(equation: Equation, output: int, found: Mapping[Value, str]) ->
     inputs = [
         found[a] if isinstance(a, Value) else (repr(a.val), str(a.aval)) for a in equation.inputs
     ]
-    params = [(key, _of_param(value)) for key, value in sorted(equation.source.params.items())]
+    params = [(key, of_param(value)) for key, value in sorted(equation.source.params.items())]
     ranks = [] if _is_entrywise(equation) else [v.shape for v in equation.values]
     return digest(equation.name, output, inputs, params, ranks)
 
@@ -144,8 +155,9 @@ def _is_same(equation: Equation) -> bool:
     return shapes[0] == shapes[1]
 
 
-def _of_param(value: Any) -> str:
-    consts = [_of_array(c) for c in getattr(value, "consts", ())]
+def of_param(value: Any) -> str:
+    """A name for a parameter of an equation, such as a jaxpr with its constants."""
+    consts = [of_array(c) for c in getattr(value, "consts", ())]
     return ADDRESS.sub("", f"{value} {consts}")
 
 

@@ -73,7 +73,7 @@ class Formed:
     def identity(self, leaves: Mapping[Value, str]) -> str:
         """A name for it, equal for equal computations; ``leaves`` names what it is made of."""
         expr = self.recipe.expr
-        leaves = {**leaves, **{v: v.name for v in expr.leaves if isinstance(v, Identity)}}
+        leaves = {v: v.name if isinstance(v, Identity) else leaves[v] for v in expr.leaves}
         numbers = {label: i for i, label in enumerate(itertools.chain(*expr.dims))}
         terms = sorted(_term_name(term, dict(numbers), leaves) for term in expr.terms)
         return digest(terms, expr.shape, self.less_mean, str(self.value.aval.dtype))

@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fcjax import check
+from fcjax.copies import Copied
 from fcjax.errors import FrontContributionError
 from fcjax.measure import Timings, compare_steps, flops_of
 from fcjax.merging.ahead import digest
+from fcjax.merging.kept import computed
 from fcjax.merging.prepared import Compiled, Traced, compiled, resized, settled
 from fcjax.merging.table import (
     MergedRow,
@@ -79,7 +81,7 @@ def merge(
       Ding et al. 2021, RepVGG, https://arxiv.org/abs/2101.03697
     """
     check.options(apply_fn, None, "discrete", "time", None)
-    check.params(params)
+    check.params(params, trained=False)
     if not example_args:
         example_args = check.inferred_arguments(apply_fn, params)
     if constant_argnums:
@@ -89,7 +91,7 @@ def merge(
     return Merged(apply_fn, params, example_args)
 
 
-class Merged:
+class Merged(Copied):
     """A network for inference.
 
     Attributes:
@@ -99,7 +101,13 @@ class Merged:
       reason: why nothing was merged, or None.
       weights: the numbers of weights before and after.
       flops: floating-point operations of one call with the example's shapes, before and after.
+
+    Copies and pickles are without compiled functions. What cannot be pickled, such as an
+    ``apply_fn`` that is a lambda, makes ``pickle`` fail in its own words.
     """
+
+    anew = frozenset({"_calls", "_compiled", "_first"})
+    mutable = frozenset({"params"})
 
     def __init__(
         self, apply_fn: Callable[..., PyTree], params: PyTree, example_args: tuple[Any, ...]
@@ -110,10 +118,12 @@ class Merged:
         self._original = tuple(leaf for _, leaf in paths)
         self._avals = tuple(jax.typeof(leaf) for leaf in self._original)
         self._timings: Timings | None = None
-        self._without_caches()
+        self.begin_anew()
         example = self._calls.of(example_args, {})
         calls, traced = self._traced_for_sizes(example)
-        found, self._raw = settled(traced, self._paths)
+        merged = settled(traced, self._paths)
+        self._raw, found = merged.raw, merged.found
+        self._decided, self._first = calls[merged.first].shapes, found[merged.first]
         self._compiled.update(zip(map(self._key, calls), found, strict=True))
         kept = [k for c in found for k in c.merging.kept]
         self._names = names_of(kept, self._paths)
@@ -129,7 +139,8 @@ class Merged:
         self._given = jax.tree.map(jax.typeof, self.params)
         self.weights = (_count(params), _count(self.params))
 
-    def _without_caches(self) -> None:
+    def begin_anew(self) -> None:
+        """Forgets what was traced and compiled."""
         self._compiled: dict[Hashable, Compiled] = {}
         self._calls = Calls(self.apply_fn, self._structure, self._avals)
 
@@ -166,7 +177,7 @@ class Merged:
         key = self._key(call)
         found = self._compiled.get(key)
         if found is None:
-            found = compiled(self._trace(call), self._paths, self._raw)
+            found = compiled(self._trace(call), self._paths, self._raw, self._first)
             self._refuse_other(found, call)
             if not any(isinstance(c, jax.core.Tracer) for c in found.constants):
                 self._compiled[key] = found
@@ -203,6 +214,11 @@ class Merged:
     def _key(self, call: Call) -> Hashable:
         return call.key, jax.config.values["jax_default_matmul_precision"]
 
+    @functools.cached_property
+    def _first(self) -> Compiled:
+        """The network for the shapes for which it was decided what is merged."""
+        return compiled(self._trace(self._decided), self._paths, self._raw)
+
     def _trace(self, call: Call) -> Traced:
         _refuse_symbols(call)
         flat = call.flattened(self.apply_fn, self._structure)
@@ -225,10 +241,9 @@ class Merged:
         own = {digest("input", p): x for p, x in zip(self._paths, self._original, strict=True)}
         made = {self._names[i]: jnp.asarray(x) for i, x in own.items() if i in self._names}
         for merging in (c.merging for c in found):
-            missing = [k for k in merging.kept if self._names[k.identity] not in made]
-            constants = [array for _, array in merging.before.constants]
-            of = dataclasses.replace(merging, kept=tuple(missing))
-            arrays = jax.jit(of.arrays)(self._original, constants) if missing else []
+            missing = tuple(k for k in merging.kept if self._names[k.identity] not in made)
+            of = dataclasses.replace(merging, kept=missing)
+            arrays = computed(of, [*own], [*own.values()])
             made |= {self._names[k.identity]: x for k, x in zip(missing, arrays, strict=True)}
         return dict(sorted(made.items()))
 
@@ -337,7 +352,7 @@ def _with_constants(
                 f"{len(example_args)} (params is 0 and always constant)"
             )
     constants = {str(n): example_args[n - 1] for n in sorted(numbers)}
-    check.params(constants)
+    check.params(constants, trained=False)
     rest = tuple(x for n, x in enumerate(example_args, 1) if n not in numbers)
 
     def closed(tree: Mapping[str, PyTree], *args: Any, **kwargs: Any) -> PyTree:

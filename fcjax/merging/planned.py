@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from fcjax.expressions.terms import Expr, Unrepresentable
 from fcjax.expressions.written import Written, written
 from fcjax.merging import ahead, forming, summands
+from fcjax.merging.again import planned_like
 from fcjax.merging.ahead import digest
 from fcjax.merging.empty import without_empty
 from fcjax.merging.forming import Lowered
@@ -30,8 +31,9 @@ DATA = Kind("data", trainable=False, invariant=False)
 
 
 def merging(
-    body: Body, names: Sequence[str], raw: Set[str] = frozenset(), copies: Sequence[int] = ()
-) -> Merging:
+    body: Body, names: Sequence[str], raw: Set[str] = frozenset(), copies: Sequence[int] = (),
+    first: Plan | None = None,
+) -> Merging:  # fmt: skip
     """Merges a network.
 
     Prices are those of an evaluation for which products of parameters are free. They grow with the
@@ -43,6 +45,7 @@ def merging(
       raw: the identities of parameters and constants that are kept as they are.
       copies: how often each parameter is stored, such as once for every run of a loop; once by
         default.
+      first: the plan of the same network for other sizes, whose decisions are taken again.
     """
     arguments = len(body.inputs) - len(names)
     of_params = [RAW if digest("input", name) in raw else PARAM for name in names]
@@ -50,7 +53,7 @@ def merging(
     kinds = functools.partial(ahead.kinds, raw=raw)
     found = with_normed(written(without_empty(body), of_inputs, math.inf, kinds))
     found = dataclasses.replace(found, nested={})  # the bodies of loops are merged by themselves
-    planned = plan(found)
+    planned = (first and planned_like(found, first)) or plan(found)
     network = _network(found, planned, names, raw, copies or [1] * len(names))
     return _merged(network, planned, affordable(network))
 
@@ -106,7 +109,7 @@ def _merged(network: Network, planned: Plan, sweep: Sweep) -> Merging:
         changes=(),
         known={**written.known, **dict.fromkeys((k.value for k in kept), PARAM)},
     )
-    return Merging(merged, tuple(kept), written.body)
+    return Merging(merged, tuple(kept), written.body, planned)
 
 
 # --- which values are computed through effective weights ----------------------------------------

@@ -14,7 +14,7 @@ from fcjax.running.program import Program
 from fcjax.tracing.calls import Call
 from fcjax.tracing.trace import Body
 
-__all__ = ["Compiled", "Traced", "resized", "settled"]
+__all__ = ["Compiled", "Settled", "Traced", "compiled", "resized", "settled"]
 
 PyTree = Any
 OTHER_SIZES = (1, 1024)
@@ -72,14 +72,37 @@ class Compiled:
         return jax.tree.unflatten(self._structure, outputs)
 
 
-def compiled(traced: Traced, names: Sequence[str], raw: frozenset[str]) -> Compiled:
-    """Merges a network; ``raw`` has the identities of what is kept as it is."""
-    return Compiled(merging(traced.body, names, raw), traced.structure)
+def compiled(
+    traced: Traced, names: Sequence[str], raw: frozenset[str], first: Compiled | None = None
+) -> Compiled:
+    """Merges a network.
+
+    Args:
+      traced: the network.
+      names: the names of its parameters.
+      raw: the identities of what is kept as it is.
+      first: the same network for other sizes, whose decisions are taken again.
+    """
+    decided = None if first is None else first.merging.planned
+    return Compiled(merging(traced.body, names, raw, first=decided), traced.structure)
 
 
-def settled(
-    traced: Sequence[Traced], names: Sequence[str]
-) -> tuple[list[Compiled], frozenset[str]]:
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """A network merged for several sizes.
+
+    Attributes:
+      found: the merged network for each size.
+      raw: the identities of parameters and constants that are kept as they are.
+      first: the number of the size for which it was decided what is merged.
+    """
+
+    found: tuple[Compiled, ...]
+    raw: frozenset[str]
+    first: int
+
+
+def settled(traced: Sequence[Traced], names: Sequence[str]) -> Settled:
     """The same network for several batch sizes, merged so that all read the same arrays.
 
     What one of them would multiply in another way is kept as it is.
@@ -87,35 +110,31 @@ def settled(
     Args:
       traced: the network for each size.
       names: the names of its parameters.
-
-    Returns:
-      the merged network for each size, and the identities of what is kept as it is.
     """
     raw = frozenset[str]()
+    chosen = next((i for i, t in enumerate(traced) if not t.is_empty), 0)
     while True:
-        found = [compiled(t, names, raw) for t in traced]
-        first = found[_reference(traced)]
+        first = compiled(traced[chosen], names, raw)
+        found = tuple(
+            first if i == chosen else compiled(t, names, raw, first) for i, t in enumerate(traced)
+        )
         odd = raw.union(*(k.sources for c in found for k in c.other_than(first)))
         if odd == raw:
-            return found, raw
+            return Settled(found, raw, chosen)
         raw = odd
-
-
-def _reference(traced: Sequence[Traced]) -> int:
-    """The first of the networks that has rows: one without any needs next to nothing."""
-    return next((i for i, t in enumerate(traced) if not t.is_empty), 0)
 
 
 def resized(call: Call) -> list[Call]:
     """A call with other batch sizes: that of its first argument of most axes, wherever it is."""
     batch = max((x.shape for x in call.arrays), key=len, default=())[:1]
     return [
-        dataclasses.replace(call, arrays=tuple(_resized(x, batch, size) for x in call.arrays))
+        dataclasses.replace(
+            call, arrays=tuple(_of_size(x, batch, size) for x in call.shapes.arrays)
+        )
         for size in OTHER_SIZES
         if batch and batch != (size,)
     ]
 
 
-def _resized(array: Any, batch: tuple[int, ...], size: int) -> jax.ShapeDtypeStruct:
-    shape = (size, *array.shape[1:]) if array.shape[:1] == batch else array.shape
-    return jax.ShapeDtypeStruct(shape, array.dtype, weak_type=jax.typeof(array).weak_type)
+def _of_size(array: Any, batch: tuple[int, ...], size: int) -> jax.ShapeDtypeStruct:
+    return array.update(shape=(size, *array.shape[1:])) if array.shape[:1] == batch else array

@@ -204,9 +204,28 @@ def search(operands: Sequence[Operand], keep: frozenset[Label], runs: float = 1)
     """The order of least time: exact for chains and short terms, greedy for the rest.
 
     A chain that ends in a vector is multiplied from there, by matrix-vector products alone.
+    Networks ask for the same orders again and again, in every layer: those found are remembered.
     """
     if len(operands) == 1:
         return 0
+    labels = frozenset[Label]().union(*(o.labels for o in operands))
+    standing = sorted((tuple(x in o.labels for o in operands), x in keep, x.size) for x in labels)
+    kinds = tuple((o.trainable, o.once, o.itemsize) for o in operands)
+    return _search(tuple(standing), kinds, runs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _search(
+    standing: tuple[tuple[tuple[bool, ...], bool, int], ...],
+    kinds: tuple[tuple[bool, bool, int], ...],
+    runs: float,
+) -> Order:
+    """The order for operands, given on which of them each label stands, and whether it is kept."""
+    labels = [(Label(size), on, kept) for on, kept, size in standing]
+    keep = frozenset(x for x, _, kept in labels if kept)
+    operands = [
+        Operand(frozenset(x for x, on, _ in labels if on[i]), *kind) for i, kind in enumerate(kinds)
+    ]
     chain = _as_chain(operands, keep)
     if chain is not None:
         if len(operands[chain[0]].labels) > 1:

@@ -44,6 +44,15 @@ class Call:
         return cls(arrays, (structure, marked))
 
     @property
+    def shapes(self) -> "Call":
+        """The call with shapes in the place of arrays."""
+        arrays = (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=jax.typeof(x).weak_type)
+            for x in self.arrays
+        )
+        return dataclasses.replace(self, arrays=tuple(arrays))
+
+    @property
     def key(self) -> Hashable:
         """Equal for calls that trace alike."""
         return tuple(map(jax.typeof, self.arrays)), self.static
