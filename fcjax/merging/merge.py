@@ -20,6 +20,7 @@ from fcjax.measure import Timings, compare_steps, flops_of
 from fcjax.merging.ahead import digest
 from fcjax.merging.kept import computed
 from fcjax.merging.prepared import Compiled, Traced, compiled, resized, settled
+from fcjax.merging.symbolic import EVEN, NUMBERS, Sizes, check_path, check_results, run
 from fcjax.merging.table import (
     MergedRow,
     as_they_were,
@@ -29,7 +30,6 @@ from fcjax.merging.table import (
     rows,
 )
 from fcjax.names import path_name, unused
-from fcjax.tracing import trace
 from fcjax.tracing.calls import Call, Calls
 
 __all__ = ["Merged", "merge"]
@@ -128,13 +128,14 @@ class Merged(Copied):
         kept = [k for c in found for k in c.merging.kept]
         self._names = names_of(kept, self._paths)
         self._rows = tuple(rows(kept, self._names, self._paths))
-        self.flops = (traced[0].flops, found[0].flops(example.arrays))
+        before = flops_of(traced[0].jaxpr)
+        self.flops = (before, found[0].flops(example.arrays))
         self.reason = nothing_merged(self._rows, self.flops)
         self.params: PyTree = params
         if self.reason is None:
             self.params = self._formed(found)
         else:
-            self.flops = (traced[0].flops, traced[0].flops)
+            self.flops = (before, before)
             self._rows = tuple(as_they_were(self._paths, [a.shape for a in self._avals]))
         self._given = jax.tree.map(jax.typeof, self.params)
         self.weights = (_count(params), _count(self.params))
@@ -174,15 +175,32 @@ class Merged(Copied):
         check.structure(params, jax.tree.structure(self.params), "merged params")
         _check_arrays(params, self._given)
         call = self._calls.of(args, kwargs)
-        key = self._key(call)
-        found = self._compiled.get(key)
-        if found is None:
-            found = compiled(self._trace(call), self._paths, self._raw, self._first)
-            self._refuse_other(found, call)
-            if not any(isinstance(c, jax.core.Tracer) for c in found.constants):
-                self._compiled[key] = found
-        stored = [params[self._names[k.identity]] for k in found.merging.kept]
-        return found(stored, call.arrays)
+        if call.is_symbolic:
+            return self._with_symbols(params, call)
+        return self._run(self._merged(call), params, call.arrays)
+
+    def _with_symbols(self, params: PyTree, call: Call) -> PyTree:
+        """``apply`` for sizes that are symbols, from the programs for several numbers."""
+        symbolic = self._trace(call)
+        try:
+            sizes = Sizes(call, NUMBERS, symbolic.jaxpr)
+            traced = [(c, self._trace(c)) for c in sizes.calls(call)]
+        except FrontContributionError:
+            sizes = Sizes(call, EVEN, symbolic.jaxpr)
+            traced = [(c, self._trace(c)) for c in sizes.calls(call)]
+        programs = []
+        for numbers, network in traced:
+            check_path(symbolic.jaxpr, network.jaxpr)
+            found = compiled(network, self._paths, self._raw, self._first)
+            self._refuse_other(found, numbers)
+            whole = functools.partial(self._run, found)
+            programs.append(jax.make_jaxpr(whole)(params, numbers.arrays))
+        outputs = run(sizes, programs, [*jax.tree.leaves(params), *call.arrays])
+        check_results(sizes, symbolic.jaxpr, outputs)
+        return jax.tree.unflatten(symbolic.structure, outputs)
+
+    def _run(self, found: Compiled, params: Mapping[str, Any], arrays: Sequence[Any]) -> PyTree:
+        return found([params[self._names[k.identity]] for k in found.merging.kept], arrays)
 
     def latency(self, *args: Any, repeats: int = 25) -> Timings:
         """Times the original and the merged network in turns; ``print`` shows the last result.
@@ -214,18 +232,26 @@ class Merged(Copied):
     def _key(self, call: Call) -> Hashable:
         return call.key, jax.config.values["jax_default_matmul_precision"]
 
+    def _merged(self, call: Call) -> Compiled:
+        key = self._key(call)
+        found = self._compiled.get(key)
+        if found is None:
+            found = compiled(self._trace(call), self._paths, self._raw, self._first)
+            self._refuse_other(found, call)
+            if not any(isinstance(c, jax.core.Tracer) for c in found.constants):
+                self._compiled[key] = found
+        return found
+
     @functools.cached_property
     def _first(self) -> Compiled:
         """The network for the shapes for which it was decided what is merged."""
         return compiled(self._trace(self._decided), self._paths, self._raw)
 
     def _trace(self, call: Call) -> Traced:
-        _refuse_symbols(call)
         flat = call.flattened(self.apply_fn, self._structure)
         with check.tracing(call.arrays):
             jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*self._avals, *call.arrays)
-        body = trace.flatten(jaxpr, trace.INLINED | trace.REMAT)
-        return Traced(body, jax.tree.structure(shapes), flops_of(jaxpr))
+        return Traced(jaxpr, jax.tree.structure(shapes))
 
     def _traced_for_sizes(self, example: Call) -> tuple[list[Call], list[Traced]]:
         """The example, and the same with other batch sizes, as far as the network takes them."""
@@ -310,15 +336,6 @@ def _unique(names: Iterable[str]) -> tuple[str, ...]:
 
 def _count(tree: PyTree) -> int:
     return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree))
-
-
-def _refuse_symbols(call: Call) -> None:
-    for array in call.arrays:
-        if not all(isinstance(size, int) for size in array.shape):
-            raise FrontContributionError(
-                f"an argument has the symbolic shape {array.shape}; a merged network is traced for "
-                "known sizes: export it once for each size"
-            )
 
 
 def _check_arrays(params: PyTree, avals: PyTree) -> None:

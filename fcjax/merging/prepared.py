@@ -1,6 +1,7 @@
 """A network merged for the shapes of a call, so that other batch sizes read the same arrays."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from fcjax.measure import flops
 from fcjax.merging.kept import Kept, Merging
 from fcjax.merging.planned import merging
 from fcjax.running.program import Program
+from fcjax.tracing import trace
 from fcjax.tracing.calls import Call
 from fcjax.tracing.trace import Body
 
@@ -26,14 +28,17 @@ class Traced:
     """A network, traced for the shapes of a call.
 
     Attributes:
-      body: its equations.
+      jaxpr: it, as jax traced it.
       structure: that of what it returns.
-      flops: floating-point operations of a call.
     """
 
-    body: Body
+    jaxpr: Any
     structure: Any
-    flops: float
+
+    @functools.cached_property
+    def body(self) -> Body:
+        """Its equations."""
+        return trace.flatten(self.jaxpr, trace.INLINED | trace.REMAT)
 
     @property
     def is_empty(self) -> bool:

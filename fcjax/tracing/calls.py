@@ -44,6 +44,11 @@ class Call:
         return cls(arrays, (structure, marked))
 
     @property
+    def is_symbolic(self) -> bool:
+        """Whether any size is a symbol, as for ``jax.export``."""
+        return any(jax.export.is_symbolic_dim(size) for x in self.arrays for size in x.shape)
+
+    @property
     def shapes(self) -> "Call":
         """The call with shapes in the place of arrays."""
         arrays = (
