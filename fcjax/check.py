@@ -68,22 +68,24 @@ def options(
         )
 
 
-def params(tree: Any) -> None:
-    """Checks that parameters are finite arrays.
+def params(tree: Any, *, trained: bool = True) -> None:
+    """Checks that parameters are finite arrays, some of them floats if they are to be trained.
 
     Raises:
       FrontContributionError: naming the leaf.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
-        raise FrontContributionError("params is empty: there is nothing to train")
+        raise FrontContributionError(
+            f"params is empty: there is nothing to {'train' if trained else 'merge'}"
+        )
     for path, leaf in leaves:
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
             raise FrontContributionError(
                 f"params leaf {path_name(path)} is a {type(leaf).__name__}, not an array; convert "
                 "it with jnp.asarray, or keep it out of params (eqx.partition, nnx.split)"
             )
-    if not any(jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in leaves):
+    if trained and not any(jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in leaves):
         raise FrontContributionError("params has no floating-point leaf: there is nothing to train")
     for path, leaf in leaves:
         known = not isinstance(leaf, jax.core.Tracer) and jnp.issubdtype(leaf.dtype, jnp.inexact)

@@ -1,7 +1,6 @@
 """``front_contribute``: the library's one transform, and the object it returns."""
 
 import functools
-import itertools
 import math
 import os
 from collections.abc import Callable, Hashable, Sequence
@@ -9,9 +8,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fcjax import check, compat
 from fcjax import report as reporting
+from fcjax.copies import Copied
 from fcjax.errors import NotFoldableError, RefutedError
 from fcjax.expressions.written import Written, written
 from fcjax.laws.certificate import Certificate, of_network
@@ -23,11 +24,11 @@ from fcjax.rules.choice import choose
 from fcjax.rules.flow_matrices import MatrixFold
 from fcjax.rules.flow_rules import unasked
 from fcjax.rules.products import MatrixChain, with_products
-from fcjax.rules.reduction import Tree, nothing
+from fcjax.rules.reduction import Reduction, Tree, nothing
 from fcjax.rules.rewrite import rewritten
 from fcjax.running.program import Program
 from fcjax.tracing import axes, trace
-from fcjax.tracing.calls import Call
+from fcjax.tracing.calls import Call, Calls
 from fcjax.tracing.final import hidden_leaves
 from fcjax.tracing.trace import Body, Kind
 from fcjax.validation.plans import RAISE, validated
@@ -122,7 +123,7 @@ def front_contribute(
     return fc
 
 
-class FrontContribution:
+class FrontContribution(Copied):
     """A network whose non-final layers are folded into effective weights.
 
     Attributes:
@@ -133,7 +134,13 @@ class FrontContribution:
         ``apply_fn`` closes over, non-float parameter leaves, and what leads from the trained
         parameters to the original ones (signs, bases, what no basis reaches, constants of laws).
       objective: what the planner saves.
+
+    Copies and pickles are without compiled functions. What cannot be pickled, such as an
+    ``apply_fn`` that is a lambda, makes ``pickle`` fail in its own words.
     """
+
+    anew = frozenset({"_calls", "_compiled", "_example", "_given"})
+    mutable = frozenset({"contributions", "params"})
 
     def __init__(
         self,
@@ -152,11 +159,12 @@ class FrontContribution:
         self._tree = _tree(params)
         self.paths = self._tree.paths
         self._avals = tuple(jax.typeof(leaf) for leaf in self._tree.leaves)
-        self._compiled: dict[Hashable, _Compiled] = {}
-        call = Call.of(example_args, {})
+        self.begin_anew()
+        call = self._calls.of(example_args, {})
+        self._call = call.shapes
         body, out_structure, self._assumed = self._trace(self._avals, call, anywhere=True)
         self._reduction = nothing(self._tree)
-        network = self._given = self._written(body, call)
+        network = self._given = self._written(body)
         check.outputs(network.body, network.known)
         if optimizer is not None:
             given = check.data(data, call.arrays)
@@ -178,10 +186,10 @@ class FrontContribution:
     def _settle(self, body: Body, call: Call, out_structure: Any) -> None:
         """Plans the example with the weights that were chosen, or with all if that is refuted."""
         trivial = self._reduction.is_trivial
-        network = self._given if trivial else self._written(body, call)
+        network = self._given if trivial else self._written(body)
         self._example = self._planned(network, out_structure, self._given)
         self.contributions = {
-            "constants": tuple(array for _, array in body.constants),
+            "constants": tuple(_plain(array) for _, array in body.constants),
             "frozen": self._tree.frozen,
             **self._reduction.contributions,
         }
@@ -203,6 +211,11 @@ class FrontContribution:
             f"({found}): a fault of fcjax, please report it with this network"
         )
 
+    def begin_anew(self) -> None:
+        """Forgets what was traced and compiled."""
+        self._compiled: dict[Hashable, _Compiled] = {}
+        self._calls = Calls(self.apply_fn, self._tree.structure, self._avals)
+
     # --- the network ---
 
     def apply(self, params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
@@ -210,7 +223,9 @@ class FrontContribution:
 
         Args:
           params: parameters of the structure of ``fc.params``.
-          *args: what ``apply_fn`` takes; batch sizes need not be those of the example.
+          *args: what ``apply_fn`` takes; batch sizes need not be those of the example. Python
+            numbers are data, as for ``jax.jit``, unless ``apply_fn`` branches on them, makes shapes
+            of them or asks for their type; bools are flags.
           **kwargs: likewise.
 
         Returns:
@@ -228,7 +243,7 @@ class FrontContribution:
           (5, 3)
         """
         leaves = self._leaves(params, self.contributions["frozen"])
-        call = Call.of(args, kwargs)
+        call = self._calls.of(args, kwargs)
         self._reduction.refuse_outside(call.arrays)
         running = self._reduction.running(leaves, self.contributions)
         compiled = self._compile(running, call)
@@ -264,7 +279,7 @@ class FrontContribution:
           [[0.0, 2.0, 4.0]]
         """
         leaves = self._leaves(params, contributions["frozen"])
-        call = Call.of(args, kwargs)
+        call = self._calls.of(args, kwargs)
         running = self._reduction.running(leaves, contributions)
         compiled = self._compile(running, call)
         own = {id(a): i for i, (_, a) in enumerate(self._example.body.constants)}
@@ -446,7 +461,7 @@ class FrontContribution:
         found = self._compiled.get(key)
         if found is None:
             body, out_structure, _ = self._trace(avals, call)
-            found = self._planned(self._written(body, call), out_structure)
+            found = self._planned(self._written(body), out_structure)
             if not any(isinstance(c, jax.core.Tracer) for _, c in found.body.constants):
                 self._compiled[key] = found
         return found
@@ -457,10 +472,9 @@ class FrontContribution:
         return aval if aval.shape == shape else jax.core.ShapedArray(shape, aval.dtype)
 
     def _key(self, avals: Sequence[Any], call: Call) -> Hashable:
-        of_call = tuple(jax.typeof(x) for x in call.arrays)
         precision = jax.config.values["jax_default_matmul_precision"]
         around = folds_always(), precision, compat.bound_axes()
-        return tuple(avals), of_call, call.static, around
+        return tuple(avals), call.key, around
 
     def _trace(
         self, avals: Sequence[Any], call: Call, *, anywhere: bool = False
@@ -476,13 +490,26 @@ class FrontContribution:
             )
         return trace.flatten(jaxpr), jax.tree.structure(shapes), assumed
 
-    def _written(self, body: Body, call: Call) -> Written:
-        followed = self._reduction.followed
+    @functools.cached_property
+    def _given(self) -> Written:
+        """The network as it was given, traced for the example."""
+        body, *_ = self._trace(self._avals, self._call, anywhere=True)
+        return self._written(body, nothing(self._tree))
+
+    @functools.cached_property
+    def _example(self) -> "_Compiled":
+        """The plan for the example."""
+        body, out_structure, _ = self._trace(self._avals, self._call, anywhere=True)
+        return self._planned(self._written(body), out_structure, self._given)
+
+    def _written(self, body: Body, reduction: Reduction | None = None) -> Written:
+        followed = (reduction or self._reduction).followed
         of_params = [
             PARAM if trained and leaf not in followed else FROZEN
             for leaf, trained in enumerate(self._tree.trained)
         ]
-        return written(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))])
+        of_arguments = [DATA] * (len(body.inputs) - len(of_params))
+        return written(body, [*of_params, *of_arguments])
 
     def _planned(
         self, network: Written, out_structure: Any, original: Written | None = None
@@ -568,6 +595,11 @@ class _Compiled:
     ) -> PyTree:
         outputs = self._run([*leaves, *arrays, *sources], constants)
         return jax.tree.unflatten(self._out_structure, outputs)
+
+
+def _plain(array: Any) -> Any:
+    """An array of numpy as such, not as jax wraps it in what it traces: that cannot be pickled."""
+    return array if isinstance(array, jax.Array) else np.asarray(array)
 
 
 def _tree(params: PyTree) -> Tree:

@@ -238,11 +238,11 @@ CONVOLUTIONS = {
     "rep_vgg_inference": [(3, 3, 3, 3), (3,)] * 2,
     "diverse_branches": [(3, 3, 3, 3), (3,)],
     "ac_net": [(3, 3, 3, 3), (3,)],
-    "mobile_one": [(3, 3, 3), (3, 3)],
+    "mobile_one": [(3, 3, 1, 3), (3, 3)],
     "expand_net": [(3, 3, 3, 3), (3,)] * 2,
     "expand_net_valid": [(5, 5, 3, 3), (3,)],
     "res_net_bottleneck_inference": [(3, 3), (3,), (3, 3, 3, 3), (3,), (3, 12), (3, 12), (12,)],
-    "inverted_bottleneck_inference": [(3, 18), (18,), (3, 3, 18), (18,), (18, 3), (3,)],
+    "inverted_bottleneck_inference": [(3, 18), (18,), (3, 3, 1, 18), (18,), (18, 3), (3,)],
     "conv_next": [(7, 7, 1, 3), (3,), (3, 12), (12,), (12, 3), (3,)],
 }
 
