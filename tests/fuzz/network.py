@@ -1,0 +1,125 @@
+"""A program as text, and the network that the text is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .dtypes import DTYPES, NARROW, WIDER
+from .measures import is_float
+from .programs import Program
+from .writing import Inapplicable, Writer, globals_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """A network that is made by executing its text.
+
+    Attributes:
+      text: statements that define ``rng``, ``p``, ``args`` and ``f(p, *args)``.
+      space: what they define.
+      settings: what the checks are given beside it.
+    """
+
+    text: str
+    space: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    @property
+    def f(self) -> Any:
+        return self.space["f"]
+
+    @property
+    def p(self) -> Any:
+        return self.space["p"]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return self.space["args"]
+
+    @property
+    def narrow(self) -> tuple[str, ...]:
+        """The narrower types in which it computes."""
+        return tuple(full for name, full in NARROW.items() if re.search(rf"\b{name}\b", self.text))
+
+    @functools.cached_property
+    def wide(self) -> Network:
+        """The same network with the same numbers, computing in float64 throughout."""
+        space = globals_of()
+        exec(self.text, space)
+        space.update({name: _widened(space[name]) for name in ("p", "c", "args") if name in space})
+        space.update(globals_of(DTYPES | WIDER))
+        exec(self.text[self.text.index("def f(") :], space)
+        return dataclasses.replace(self, space=space)
+
+    @functools.cached_property
+    def perturbed(self) -> Network:
+        """The same network with weights and arguments that are rounded otherwise."""
+        changed = {name: _nudged(self.space[name]) for name in ("p", "args")}
+        return dataclasses.replace(self, space={**self.space, **changed})
+
+
+def _widened(tree: Any) -> Any:
+    def wide(leaf: Any) -> Any:
+        kind = jnp.complex128 if jnp.iscomplexobj(leaf) else jnp.float64
+        return jnp.asarray(leaf).astype(kind) if is_float(leaf) else leaf
+
+    return jax.tree.map(wide, tree)
+
+
+def _nudged(tree: Any) -> Any:
+    """All floating arrays changed in their last digits."""
+    rng = np.random.default_rng(0)
+
+    def moved(leaf: Any) -> Any:
+        return leaf * (1 + 1e-15 * rng.choice([-1, 0, 1], leaf.shape)) if is_float(leaf) else leaf
+
+    return jax.tree.map(moved, tree)
+
+
+def network(program: Program) -> Network:
+    """The network of a program.
+
+    Raises:
+      Inapplicable: if an operation does not take its operands.
+    """
+    text = written(program)
+    space = globals_of()
+    exec(text, space)
+    return Network(text, space, program.settings)
+
+
+def written(program: Program) -> str:
+    """The program's text: the weights, the arguments and the function.
+
+    Raises:
+      Inapplicable: if an operation does not take its operands.
+    """
+    writer = Writer()
+    for step in program.steps:
+        writer.add(step)
+    tables = writer.tables
+    if not tables.weights:
+        raise Inapplicable
+    outputs = [str(writer.values[name]) for name in program.outputs]
+    returned = outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})"
+    function = [f"def f({', '.join(['p', *tables.inputs])}):"]
+    function += [f"    {line}" for line in [*writer.lines, f"return {returned}"]]
+    arrays = _arrays("p", tables.weights)
+    arrays += _arrays("c", tables.constants) if tables.constants else []
+    arrays += [f"{name} = {text}" for name, text in tables.inputs.items()]
+    given = "".join(f"{name}, " for name in tables.inputs).strip()
+    begun = [f"rng = np.random.default_rng({program.seed})", "normal = rng.standard_normal"]
+    return "\n".join([*begun, *arrays, f"args = ({given})", "", "", *function, ""])
+
+
+def _arrays(name: str, table: Mapping[str, str]) -> list[str]:
+    made = [f'{name}["{key}"] = {text}' for key, text in table.items()]
+    return [f"{name} = {{}}", *made, f"{name} = jax.tree.map(jnp.asarray, {name})"]
