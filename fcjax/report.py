@@ -137,8 +137,9 @@ class _Findings:
         behind: dict[Value, str] = {}
         for equation in plan.body.equations:
             paths = set().union(*(names.get(v, set()) for v in equation.values))
-            if plan.body.rows.intersection(equation.outputs):
-                count = equation.values[0].shape[0]
+            tables = [plan.body.rows[v] for v in equation.outputs if v and v in plan.body.rows]
+            if tables:
+                paths, count = names.get(tables[0], set()), tables[0].shape[0]
                 table = (
                     f"computed for the {count} rows of {self._listed(paths)}, not for each token"
                 )

@@ -207,7 +207,7 @@ class FrontContribution:
         self._reduction.refuse_outside(call.arrays)
         running = self._reduction.running(leaves, self.contributions)
         compiled = self._compile(running, call)
-        if compiled.plan.is_trivial and not self._products:  # nothing to gain: exactly as written
+        if compiled.is_as_written:  # nothing to gain
             return self.apply_fn(jax.tree.unflatten(self._tree.structure, running), *args, **kwargs)
         sources = self._reduction.sources(self.contributions)
         constants = [array for _, array in compiled.body.constants]
@@ -464,13 +464,14 @@ class FrontContribution:
     ) -> "_Compiled":
         """The plan; what ``original`` costs, the network by default, is its price as written."""
         if self._reduction.is_trivial:
-            return _Compiled(hoisting.planned(network, self.objective), out_structure)
+            return _Compiled(network, hoisting.planned(network, self.objective), out_structure)
         reduced = network
         if self._products:
             reduced = with_products(reduced, self._products, self.paths)
         if self._reduction.compression is not None:
             reduced = rewritten(reduced, self._reduction.compression, self.paths)
-        return _Compiled(plan(reduced, self.objective, original or network), out_structure)
+        planned = plan(reduced, self.objective, original or network)
+        return _Compiled(network, planned, out_structure)
 
     @property
     def _products(self) -> list[MatrixChain]:
@@ -518,9 +519,16 @@ class FrontContribution:
 
 
 class _Compiled:
-    """A plan for one set of shapes, as a jitted function."""
+    """A plan for one set of shapes, as a jitted function.
 
-    def __init__(self, planned: Plan, out_structure: Any) -> None:
+    Attributes:
+      plan: the plan.
+      body: the equations that it computes; others than the network's where weights are reduced.
+      is_as_written: whether it computes just what ``apply_fn`` does.
+    """
+
+    def __init__(self, network: Written, planned: Plan, out_structure: Any) -> None:
+        self.is_as_written = planned.is_trivial and planned.body is network.body
         self.body = planned.body
         self.plan = planned
         self._out_structure = out_structure

@@ -90,9 +90,9 @@ def hoists(fc):
 
 
 def reads(fc):
-    """The feature shapes of what is looked up."""
-    made = [e.outputs[0].shape[2:] for e in fc.plan.body.equations if e.name == "gather"]
-    return sorted(made)
+    """The feature shapes of what is looked up for the tokens."""
+    gathers = [e.outputs[0].shape for e in fc.plan.body.equations if e.name == "gather"]
+    return sorted(shape[2:] for shape in gathers if len(shape) > 2)
 
 
 @pytest.mark.parametrize("name", ROWWISE)
@@ -236,60 +236,136 @@ def test_several_tables():
 
 # --- row numbers outside the table --------------------------------------------------------------
 
-
-def taken(mode, fn, params, ids, **options):
-    rows = jnp.take(params["table"], ids, axis=0, mode=mode, **options)
-    return jnp.swapaxes(fn(params, rows), 0, 1)
-
-
-@pytest.mark.parametrize("name", ["relu", "norm and dense", "gelu and residual", "where"])
-@pytest.mark.parametrize("mode", ["clip", "wrap", "fill"])
-def test_row_numbers_outside_the_table_keep_their_meaning(mode, name):
-    apply_fn = functools.partial(taken, mode, ROWWISE[name])
-    with always_fold():
-        fc = fcjax.front_contribute(apply_fn, PARAMS, IDS)
-        assert hoists(fc)
-        found = fc.apply(fc.params, OUTSIDE)
-    expected = apply_fn(PARAMS, OUTSIDE)
-    assert bool(jnp.isnan(expected).any()) == (mode == "fill")
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+READINGS = {
+    "index": lambda table, ids: table[ids],
+    "promise": lambda table, ids: table.at[ids].get(mode="promise_in_bounds"),
+    "index clipped": lambda table, ids: table.at[ids].get(mode="clip"),
+    "index filled": lambda table, ids: table.at[ids].get(mode="fill", fill_value=0.5),
+    "negative as they are": lambda table, ids: table.at[ids].get(
+        mode="fill", wrap_negative_indices=False
+    ),
+    "clip": lambda table, ids: jnp.take(table, ids, axis=0, mode="clip"),
+    "wrap": lambda table, ids: jnp.take(table, ids, axis=0, mode="wrap"),
+    "fill": lambda table, ids: jnp.take(table, ids, axis=0),
+    "fill with 0": lambda table, ids: jnp.take(table, ids, axis=0, mode="fill", fill_value=0.0),
+    "fill with 0.5": lambda table, ids: jnp.take(table, ids, axis=0, fill_value=0.5),
+}
 
 
 def rectified(p, h):
+    """Forgets NaN."""
     z = h @ p["a"]
     return jnp.where(z > 0, z, 0.0)
 
 
 FORGETTING = {
-    "where": (rectified, [(12,)]),
-    "power": (lambda p, h: h ** jnp.zeros(WIDTH) + p["gain"], [(WIDTH,)]),
-    "constant columns": (
-        lambda p, h: jnp.concatenate([h, jnp.zeros_like(h)], -1),
-        [(WIDTH,)],
-    ),
+    "rectified": rectified,
+    "power": lambda p, h: h ** jnp.zeros(WIDTH) + p["gain"],
+    "constant columns": lambda p, h: jnp.concatenate([h, jnp.zeros_like(h)], -1) @ p["a"].T[:8],
+}
+NUMBERS = {
+    "one behind": np.where(np.arange(40).reshape(5, 8) == 17, VOCABULARY, IDS),
+    "one before": np.where(np.arange(40).reshape(5, 8) == 3, -VOCABULARY - 2, IDS),
+    "several": OUTSIDE,
+    "all inside": IDS,
+    "negative": IDS - VOCABULARY,
+    "all outside": IDS + VOCABULARY,
 }
 
 
-@pytest.mark.parametrize("mode", ["clip", "fill"])
-@pytest.mark.parametrize("name", FORGETTING)
-def test_what_forgets_nan_is_not_hoisted_past_a_missing_row(name, mode):
-    """With ``fill`` only what is still NaN is looked up, with ``clip`` everything."""
-    fn, read = FORGETTING[name]
-    apply_fn = functools.partial(taken, mode, fn)
+def checked_reading(apply_fn, ids, params=PARAMS):
+    """Values and gradients, NaN included, equal those of the network as written."""
+    params = cast(params, jnp.float64)
     with always_fold():
-        fc = fcjax.front_contribute(apply_fn, PARAMS, IDS)
-        made, expected = fc.apply(fc.params, OUTSIDE), apply_fn(PARAMS, OUTSIDE)
-    assert hoists(fc) == (mode == "clip" or name == "where")
-    assert mode == "clip" or reads(fc) == read
-    np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-6)
+        fc = fcjax.front_contribute(apply_fn, params, ids)
+        found = value_and_gradients(fc.apply, fc.params, ids)
+    expected = value_and_gradients(apply_fn, params, ids)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11 * np.abs(np.nan_to_num(b)).max())
+    return fc
 
 
-def test_another_fill_value_is_left_alone():
-    apply_fn = functools.partial(taken, "fill", ROWWISE["relu"], fill_value=0.0)
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("name", ["norm and dense", "gelu and residual", *FORGETTING])
+def test_row_numbers_outside_the_table_keep_their_meaning_and_their_gradient(reading, name):
+    fn = FORGETTING.get(name) or ROWWISE[name]
+
+    def apply_fn(p, ids):
+        return jnp.swapaxes(fn(p, READINGS[reading](p["table"], ids)), 0, 1)
+
+    fc = checked_reading(apply_fn, OUTSIDE)
+    assert hoists(fc)
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("reading", READINGS)
+def test_row_numbers_of_every_kind_are_read_as_written(reading, numbers):
+    def apply_fn(p, ids):
+        return jnp.cumsum(jnp.tanh(READINGS[reading](p["table"], ids) @ p["a"]), axis=1)
+
+    assert hoists(checked_reading(apply_fn, NUMBERS[numbers].astype(np.int32)))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64, np.uint8, np.uint32])
+@pytest.mark.parametrize("count", [1, 2, 127])
+def test_numbers_of_every_integer_type_are_read_as_written(dtype, count):
+    table = np.random.default_rng(0).standard_normal((count, WIDTH))
+    ids = np.random.default_rng(1).integers(0, count + 2, (5, 8))
+    ids = np.minimum(ids, np.iinfo(dtype).max).astype(dtype)
+    checked_reading(
+        lambda p, ids: jnp.cumsum(jnp.tanh(p["table"][ids] @ p["a"]), axis=1),
+        ids, {**PARAMS, "table": jnp.asarray(table)},
+    )  # fmt: skip
+
+
+GATHERS = {
+    "vmap over tables": lambda p, ids: jax.vmap(lambda t, i: t[i])(p["tables"], ids),
+    "vmap over numbers": lambda p, ids: jax.vmap(lambda i: p["table"][i])(ids),
+    "take along an axis": lambda p, ids: jnp.take_along_axis(
+        p["tables"], ids[:, :, None], 1, mode="clip"
+    ),
+    "two axes": lambda p, ids: p["tables"][jnp.arange(5)[:, None], ids],
+    "columns": lambda p, ids: jnp.take(p["table"].T, ids, axis=1).transpose(1, 2, 0),
+    "one row each": lambda p, ids: p["table"][ids][:, :1],
+}
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_other_gathers_are_read_as_written(name):
+    tables = np.random.default_rng(2).standard_normal((5, VOCABULARY, WIDTH))
+    checked_reading(
+        lambda p, ids: jnp.cumsum(jnp.tanh(GATHERS[name](p, ids) @ p["a"]), axis=1),
+        OUTSIDE, {**PARAMS, "tables": jnp.asarray(tables)},
+    )  # fmt: skip
+
+
+def test_forward_mode_reads_outside_as_written():
+    params = cast(PARAMS, jnp.float64)
+    apply_fn = functools.partial(looked_up, ROWWISE["relu"])
     with always_fold():
-        fc = fcjax.front_contribute(apply_fn, PARAMS, IDS)
-        assert not hoists(fc)
-        np.testing.assert_allclose(fc.apply(PARAMS, OUTSIDE), apply_fn(PARAMS, OUTSIDE), rtol=1e-6)
+        fc = fcjax.front_contribute(apply_fn, params, OUTSIDE)
+        assert hoists(fc)
+        found, expected = (
+            jax.jvp(lambda p, f=f: f(p, OUTSIDE), (params,), (params,))
+            for f in (fc.apply, apply_fn)
+        )
+    assert relative_deviation(found, expected, floor=1e-3) < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (5, 0), (1, 1), (1, 8)])
+def test_numbers_of_no_and_of_one_token_are_read_as_written(shape):
+    ids = np.zeros(shape, np.int32)
+    params = cast(PARAMS, jnp.float64)
+
+    def apply_fn(p, ids):
+        return jnp.tanh(p["table"][ids] @ p["a"])
+
+    with always_fold():
+        fc = fcjax.front_contribute(apply_fn, params, ids)
+        found = value_and_gradients(fc.apply, fc.params, ids)
+    expected = value_and_gradients(apply_fn, params, ids)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
 # --- prices -------------------------------------------------------------------------------------

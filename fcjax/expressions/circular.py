@@ -98,9 +98,10 @@ def _alike(part: Expr, end: _Slice, other: Expr, wanted: _Slice, axis: int) -> b
 
 
 def _reading(factor: Factor, at: int, new: Axis, view: Slice) -> Factor:
-    """The factor read by another slice of one of its axes."""
+    """The factor read by another slice of one of its axes, which may be all of it."""
+    whole = view == (0, factor.leaf.shape[at], 1)
     axes = (*factor.axes[:at], new, *factor.axes[at + 1 :])
-    slices = (*factor.slices[:at], view, *factor.slices[at + 1 :])
+    slices = (*factor.slices[:at], None if whole else view, *factor.slices[at + 1 :])
     return dataclasses.replace(factor, axes=axes, slices=slices)
 
 

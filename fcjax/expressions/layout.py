@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from fcjax.expressions.terms import (
@@ -93,14 +94,28 @@ def cast(expr: Expr, dtype: Any) -> Expr:
     """A change of float dtype of something that depends on no data; otherwise a boundary.
 
     The policy for mixed precision: products of weights are formed in the dtype the weights are
-    stored in and rounded once, where they meet the data.
+    stored in and rounded once, where they meet the data. What arithmetic in a narrow dtype made
+    meets wider data rounded, so only a mere look at narrow numbers is widened.
     """
-    if np.dtype(dtype) == np.dtype(expr.dtype):
+    new, old = np.dtype(dtype), np.dtype(expr.dtype)
+    if new == old:
         return expr
-    floats = all(
-        np.issubdtype(np.dtype(d), np.floating) or np.dtype(d).name == "bfloat16"
-        for d in (dtype, expr.dtype)
-    )
+    floats = all(jnp.issubdtype(d, jnp.floating) for d in (new, old))
     if expr.has_data or not floats:
         raise Unrepresentable("a cast of data rounds, so it stays where it is")
-    return dataclasses.replace(expr, dtype=np.dtype(dtype))
+    if not _holds(old, new) and not (_holds(new, old) and _is_unrounded(expr)):
+        raise Unrepresentable("a wider copy of rounded numbers")
+    return dataclasses.replace(expr, dtype=new)
+
+
+def _holds(wide: Any, narrow: Any) -> bool:
+    """Whether every number of one float dtype is one of the other."""
+    return jnp.promote_types(wide, narrow) == wide
+
+
+def _is_unrounded(expr: Expr) -> bool:
+    """Whether an expression is numbers of its own dtype, without arithmetic in it."""
+    made = [t for t in expr.terms if t.scale != 1.0 or len(t.factors) != 1 or t.factors[0].centred]
+    summed = any(not term.labels <= expr.free for term in expr.terms)
+    held = all(_holds(expr.dtype, leaf.dtype) for leaf in expr.leaves.values())
+    return held and not made and not summed and len(expr.terms) < 2

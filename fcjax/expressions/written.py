@@ -152,7 +152,7 @@ class _Reader:
         self.boundaries = {
             e
             for e in body.equations
-            if not _has_rule(e) or body.rows.intersection(e.outputs) or self._shifts(e)
+            if not _has_rule(e) or not body.rows.keys().isdisjoint(e.outputs) or self._shifts(e)
         }
         self.hard = {atom for atom in body.outputs if isinstance(atom, Value)}
         self.hard.update(v for e in self.boundaries for v in e.values)
@@ -281,9 +281,12 @@ def _count_readers(body: Body) -> dict[Value, int]:
 
 
 def _has_rule(equation: Equation) -> bool:
-    avals: list[Any] = [out.aval for out in equation.source.outvars]
-    floats = all(jnp.issubdtype(a.dtype, jnp.floating) for a in avals)
-    return floats and equation.name in RULES and not _sharded_by_hand(equation)
+    if equation.name not in RULES or _sharded_by_hand(equation):
+        return False
+    made: list[Any] = [out.aval for out in equation.source.outvars]
+    read: list[Any] = [atom.aval for atom in equation.inputs]
+    floats = all(jnp.issubdtype(a.dtype, jnp.floating) for a in made)
+    return floats and all(math.prod(a.shape) for a in (*made, *read))  # nothing is not algebra
 
 
 def _sharded_by_hand(equation: Equation) -> bool:

@@ -6,18 +6,20 @@ A function that acts on every row alone commutes with the look-up,
 
 and the right-hand side costs the vocabulary instead of the tokens. The gradient is the same sum
 in another order: the look-up's transpose adds up the cotangents of equal rows before f is
-differentiated. Row numbers outside the table keep their meaning: where they are clipped both sides
-read the same row, and where they read as NaN, f may only go as far as it keeps NaN.
+differentiated. A row number outside the table reads one of two further rows, which are what the
+look-up as written reads there: f acts on them as on any row, and their cotangents go where the
+look-up as written sends them, which for jax's default is nowhere.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax import Array, lax
 
 from fcjax import compat
@@ -33,6 +35,8 @@ from fcjax.tracing.trace import Body, Equation, Kind, Value
 
 __all__ = ["planned"]
 
+OUTSIDE = 2
+"""Rows that stand for all numbers before the table, and for all behind it."""
 MARGIN = 0.05
 """What is hoisted must be cheaper than what it replaces by this fraction."""
 
@@ -91,13 +95,13 @@ def _choice(body: Body, lookup: Equation, known: Mapping[Value, Kind]) -> _Choic
     found = rowwise.region(body, [out], tokens)
     price = _Prices(math.prod(tokens), known)
     slow, fast = (
-        [price(e, count) for e in found.equations] for count in (price.tokens, table.shape[0])
+        [price(e, count) for e in found.equations]
+        for count in (price.tokens, table.shape[0] + OUTSIDE)
     )
     before = price.look_up(out)
     choices = [
         _Choice(lookup, found, found.equations[:k], frontier, before, after)
         for k, frontier in _frontiers(body, out, found)
-        if not _fills(lookup) or found.missing.issuperset(frontier)
         for after in [sum(price.look_up(v) for v in frontier)]
     ]
     best = min(choices, key=lambda c: _time(c, slow, fast), default=None)
@@ -120,18 +124,14 @@ def _can_move(body: Body, lookup: Equation, known: Mapping[Value, Kind]) -> bool
     assert out is not None
     count = len(numbers.shape) - 1
     last = tuple(range(count, len(out.shape)))
-    fill = lookup.source.params["fill_value"]
     return (
         known[table].of != "data"
         and count > 0
+        and math.prod(out.shape) > 0
+        and jnp.issubdtype(numbers.aval.dtype, jnp.signedinteger)
         and lookup.source.params["dimension_numbers"].offset_dims == last
-        and (not _fills(lookup) or fill is None or bool(np.isnan(fill)))
         and not any(compat.is_placed(v.aval) for v in (table, numbers, out))
     )
-
-
-def _fills(lookup: Equation) -> bool:
-    return lookup.source.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
 
 
 def _frontiers(body: Body, out: Value, region: Region) -> Iterator[tuple[int, tuple[Value, ...]]]:
@@ -195,22 +195,25 @@ def _hoisted(body: Body, choice: _Choice) -> Body:
     table, numbers = choice.lookup.values
     (out,) = choice.lookup.outputs
     wanted = [v for v in choice.frontier if v is not out]
-    rows = _value((*(1,) * (len(choice.region.tokens) - 1), *table.shape), table)
+    count, *columns = table.shape
+    count += OUTSIDE
+    rows = _value((*(1,) * (len(choice.region.tokens) - 1), count, *columns), table)
+    places = Value(jax.core.ShapedArray(numbers.shape, jnp.promote_types(numbers.aval.dtype, "i4")))
     shared = _shared(choice)
     features = [v.shape[len(choice.region.tokens) :] for v in wanted]
-    results = [_value((table.shape[0], *f), v) for f, v in zip(features, wanted, strict=True)]
-    read = _look_up(choice)
+    results = [_value((count, *f), v) for f, v in zip(features, wanted, strict=True)]
     new = [
-        *_traced(lambda t: [lax.reshape_p.bind(t, **_to(rows.shape))], [table], [rows]),
+        *_traced(_with_rows_outside(choice.lookup, rows.shape), [table, numbers], [rows, places]),
         *_traced(_on_table(choice, wanted, shared), [rows, *shared], results),
         *itertools.chain.from_iterable(
-            _traced(read, [result, numbers], [v]) for v, result in zip(wanted, results, strict=True)
+            _traced(functools.partial(_read, choice.lookup), [result, places], [v])
+            for v, result in zip(wanted, results, strict=True)
         ),
     ]
     gone = {*choice.equations, *([] if out in choice.frontier else [choice.lookup])}
     kept = [e for e in body.equations if e not in gone]
     return dataclasses.replace(
-        body, equations=tuple(_in_order([*new, *kept])), rows=body.rows | {rows}
+        body, equations=tuple(_in_order([*new, *kept])), rows={**body.rows, rows: table}
     )
 
 
@@ -218,8 +221,29 @@ def _value(shape: tuple[int, ...], like: Value) -> Value:
     return Value(jax.core.ShapedArray(shape, like.aval.dtype))
 
 
-def _to(shape: tuple[int, ...]) -> dict[str, Any]:
-    return {"new_sizes": shape, "dimensions": None, "sharding": None}
+def _with_rows_outside(
+    lookup: Equation, shape: tuple[int, ...]
+) -> Callable[[Array, Array], list[Array]]:
+    """The table with what numbers outside of it read, and for each number where its row is now.
+
+    The further rows are read as the look-up reads: clipped, filled, with its own transpose. Where
+    no number is outside they are rows of the table, so that no NaN meets a cotangent of zero.
+    """
+
+    def extended(table: Array, numbers: Array) -> list[Array]:
+        count = table.shape[0]
+        wide = numbers.astype(jnp.promote_types(numbers.dtype, jnp.int32))
+        ends = jnp.stack([jnp.minimum(wide.min(), 0), jnp.maximum(wide.max(), count - 1)])
+        (outside,) = _read(lookup, table, ends[:, None], **_as_written(lookup))
+        places = jnp.where(wide < 0, count, jnp.where(wide < count, wide, count + 1))
+        return [jnp.concatenate([table, outside]).reshape(shape), places]
+
+    return extended
+
+
+def _as_written(lookup: Equation) -> dict[str, Any]:
+    """What a look-up does outside its table."""
+    return {key: lookup.source.params[key] for key in ("mode", "fill_value")}
 
 
 def _shared(choice: _Choice) -> list[Value]:
@@ -251,20 +275,24 @@ def _on_table(
     return compute
 
 
-def _look_up(choice: _Choice) -> Callable[..., list[Array]]:
-    """The look-up of rows of another table, with what it does outside the table."""
-    params = choice.lookup.source.params
-    count = len(choice.region.tokens)
-
-    def read(table: Array, numbers: Array) -> list[Array]:
-        last = tuple(range(count, count + table.ndim - 1))
-        changed = {
-            "dimension_numbers": params["dimension_numbers"]._replace(offset_dims=last),
-            "slice_sizes": (1, *table.shape[1:]),
-        }
-        return [lax.gather_p.bind(table, numbers, **{**params, **changed})]
-
-    return read
+def _read(
+    lookup: Equation, table: Array, numbers: Array, *,
+    mode: Any = lax.GatherScatterMode.PROMISE_IN_BOUNDS, fill_value: Any = None,
+) -> list[Array]:  # fmt: skip
+    """The look-up of whole rows of another table, whose numbers may come in any order."""
+    count = numbers.ndim - 1
+    params = lookup.source.params
+    changed = {
+        "dimension_numbers": params["dimension_numbers"]._replace(
+            offset_dims=tuple(range(count, count + table.ndim - 1))
+        ),
+        "slice_sizes": (1, *table.shape[1:]),
+        "unique_indices": False,
+        "indices_are_sorted": False,
+        "mode": mode,
+        "fill_value": fill_value,
+    }
+    return [lax.gather_p.bind(table, numbers, **{**params, **changed})]
 
 
 def _traced(

@@ -127,7 +127,7 @@ class Plan:
     def is_trivial(self) -> bool:
         """Whether nothing is computed differently, here or in a nested body."""
         inner = itertools.chain.from_iterable(self.nested.values())
-        return not self.recipes and not self.body.rows and all(p.is_trivial for p in inner)
+        return not self.recipes and all(p.is_trivial for p in inner)
 
 
 def plan(
@@ -208,9 +208,10 @@ def _priced(expr: Expr, runs: float) -> Recipe:
 def _boundary_cost(network: Written) -> Cost:
     """What products that are boundaries pay; the same in any plan."""
     total = Cost()
-    for equation in network.boundaries:
-        (value, *_) = equation.outputs
-        if equation.name == "dot_general" and value is not None and value not in network.products:
+    products = [e for e in network.boundaries if e.name == "dot_general"]
+    for equation in products:
+        (value,) = equation.outputs
+        if value is not None and value not in network.products:
             (contracted, _), _ = equation.source.params["dimension_numbers"]
             shape = equation.values[0].shape
             work = 2.0 * math.prod(value.shape) * math.prod(shape[i] for i in contracted)

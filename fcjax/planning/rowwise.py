@@ -27,10 +27,6 @@ ENTRYWISE = frozenset(
      "not", "convert_element_type", "copy", "copy_p", "stop_gradient", "clamp", "is_finite"}
 )  # fmt: skip
 REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod"})
-FORGETS_NAN = frozenset(
-    {"pow", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "clamp", "is_finite"}
-)
-"""What may make a number of NaN."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,13 +37,11 @@ class Region:
       tokens: the sizes of the token axes.
       equations: those that act on rows, in order.
       repeated: equations that give something all rows share the token axes, by what they make.
-      missing: the values whose rows are NaN wherever the rows they started from are.
     """
 
     tokens: tuple[int, ...]
     equations: tuple[Equation, ...]
     repeated: Mapping[Value, Equation]
-    missing: frozenset[Value]
 
     @property
     def makes(self) -> set[Value]:
@@ -71,7 +65,6 @@ def region(
         derivative usually calls the function again.
     """
     rows = set(start)
-    missing = {v for v in rows if _is_float(v)}
     behind, found, repeated = set(rows), list[Equation](), dict[Value, Equation]()
     for equation in body.equations:
         made = [v for v in equation.outputs if v is not None]
@@ -80,13 +73,11 @@ def region(
                 repeated[made[0]] = equation
             continue
         behind.update(made)
-        seen = _Seen(rows, behind, repeated, missing, tokens, checked)
+        seen = _Seen(rows, behind, repeated, tokens, checked)
         if seen.acts_on_rows(equation):
             found.append(equation)
             rows.update(made)
-            if seen.stays_missing(equation):
-                missing.update(v for v in made if _is_float(v))
-    return Region(tokens, tuple(found), repeated, frozenset(missing))
+    return Region(tokens, tuple(found), repeated)
 
 
 def _is_float(value: Value) -> bool:
@@ -111,7 +102,6 @@ class _Seen:
       rows: values with token axes.
       behind: everything that depends on them.
       repeated: values that are the same for all rows, on token axes.
-      missing: see ``Region``.
       tokens: the sizes of the token axes.
       checked: see ``region``.
     """
@@ -119,7 +109,6 @@ class _Seen:
     rows: set[Value]
     behind: set[Value]
     repeated: Mapping[Value, Equation]
-    missing: set[Value]
     tokens: tuple[int, ...]
     checked: frozenset[str]
 
@@ -144,20 +133,6 @@ class _Seen:
             return True
         shared = all(size == 1 for size in atom.shape[: len(self.tokens)])
         return atom not in self.behind and shared
-
-    def stays_missing(self, equation: Equation) -> bool:
-        """Whether NaN in whole rows of its inputs makes whole rows of NaN."""
-        was = [isinstance(a, Value) and a in self.missing for a in equation.inputs]
-        if equation.name == "custom_jvp_call":
-            inner = _inner(equation)
-            start = [v for v, m in zip(inner.inputs, was, strict=True) if m]
-            found = region(inner, start, self.tokens, self.checked)
-            return all(v in found.missing for v in inner.outputs)
-        if equation.name == "select_n":
-            return all(was[1:])
-        if equation.name == "concatenate":
-            return all(was)
-        return equation.name not in FORGETS_NAN and any(was)
 
 
 # --- one rule for each kind of primitive --------------------------------------------------------

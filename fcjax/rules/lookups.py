@@ -133,8 +133,14 @@ def rows_read(
         size = body.inputs[count + lookup.argument].shape[0]
         for batch in _batches(np.asarray(data[lookup.argument]), size):
             read.update(np.unique(numbers(batch)).tolist())
-    inside = [row for row in sorted(read) if 0 <= row < _table(lookups[0]).shape[0]]
-    return np.asarray(inside, np.int32)
+    last = _table(lookups[0]).shape[0] - 1
+    if all(_fills(lookup) for lookup in lookups):  # what is outside is no row
+        read = {row for row in read if 0 <= row <= last}
+    return np.asarray(sorted({min(max(row, 0), last) for row in read}), np.int32)
+
+
+def _fills(lookup: Lookup) -> bool:
+    return lookup.equation.source.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
 
 
 def _table(lookup: Lookup) -> Value:
@@ -172,6 +178,7 @@ def replaced(lookup: Lookup, table: Value, places: Value) -> Equation:
     """The reading from a table with fewer rows.
 
     A row that is not there reads as NaN, so that an input the data did not hold cannot go unseen.
+    A number outside of the whole table reads, and passes its cotangent on, as it does there.
 
     Args:
       lookup: the reading of the whole table.
@@ -179,12 +186,21 @@ def replaced(lookup: Lookup, table: Value, places: Value) -> Equation:
       places: for each row of the whole table where it is now, a number too large if it is not.
     """
     params = lookup.equation.source.params
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    numbers, sizes, mode = (params[k] for k in ("dimension_numbers", "slice_sizes", "mode"))
+    fill = np.nan if params["fill_value"] is None else params["fill_value"]
 
     @jax.jit
     def read(table: Any, places: Any, rows: Any) -> Any:
-        now = jnp.take(places, rows, mode="fill", fill_value=table.shape[0])
-        return lax.gather(table, now, numbers, sizes, mode="fill", fill_value=np.nan)
+        inside = ((rows >= 0) & (rows < places.shape[0]))[..., 0]
+        now = jnp.take(places, rows, mode="clip")
+        made = lax.gather(table, now, numbers, sizes, mode="fill", fill_value=np.nan)
+        beside = tuple(i for i in range(made.ndim) if i in numbers.offset_dims)
+        inside = jnp.expand_dims(inside, beside)
+        if mode == lax.GatherScatterMode.FILL_OR_DROP:
+            return jnp.where(inside, made, fill)
+        if mode == lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+            return jnp.where(inside, made, lax.stop_gradient(made))
+        return made
 
     rows: Any = lookup.equation.inputs[1]
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in (table, places, rows)]

@@ -22,7 +22,7 @@ from fcjax.planning.parts import (
     computed_over,
 )
 from fcjax.running import convolving, numerics
-from fcjax.running.named import Env, Named, ordered, pair, realised, sum_out
+from fcjax.running.named import Env, Named, met, ordered, pair, realised, sum_out
 from fcjax.running.placing import put_in_place
 from fcjax.running.weights import Formed, product_of, weight_of, whole_weight
 
@@ -109,6 +109,8 @@ def _linear(part: Linear, weight: Named, expr: Expr, env: Env) -> Named:
             True,
         )
         shift = pair(means, weight, expr.free, expr)
+        for factor in part.row_scales:  # what scales the rows scales their mean too
+            shift = pair(shift, realised(factor, env), expr.free, expr)
         result = dataclasses.replace(result, array=result.array - ordered(shift, result.labels))
     return result
 
@@ -116,6 +118,7 @@ def _linear(part: Linear, weight: Named, expr: Expr, env: Env) -> Named:
 def _rows_product(rows: Named, weight: Named, part: Linear, expr: Expr, env: Env) -> Named:
     """Rows times weight, scaled afterwards where there are scales."""
     scales = [realised(f, env) for f in part.row_scales]
+    rows = sum_out(rows, expr.free.union(weight.labels))
     contracted = [x for x in rows.labels if x in weight.labels and x not in expr.free]
     plain = not any(x in weight.labels and x in expr.free for x in rows.labels)
     if not scales or not plain or not contracted:
@@ -127,10 +130,11 @@ def _rows_product(rows: Named, weight: Named, part: Linear, expr: Expr, env: Env
     columns = tuple(x for x in weight.labels if x not in contracted)
     width = math.prod(x.size for x in contracted)
     x = ordered(rows, (*tokens, *contracted)).reshape([t.size for t in tokens] + [width])
-    z = ordered(weight, (*contracted, *columns)).astype(expr.dtype)
+    dtype = met(weight, expr)
+    z = ordered(weight, (*contracted, *columns)).astype(dtype)
     z = z.reshape([width] + [c.size for c in columns])
     factors = tuple(ordered(s, tokens) for s in scales)
-    out = numerics.scaled_product(x, factors, z, expr.precision)
+    out = numerics.scaled_product(x.astype(dtype), factors, z, expr.precision)
     return Named(out, (*tokens, *columns), True)
 
 
@@ -184,10 +188,10 @@ def _convolution(part: Convolution, weight: Named, expr: Expr, env: Env) -> Name
     taps = tuple(x for g in part.grids for x in [g.tap] if x is not None)
     order = (*examples, *space, *groups, *summed)
     x = jnp.broadcast_to(ordered(rows, order), [label.size for label in order])
-    z = ordered(weight, (*taps, *summed, *groups, *out))
+    z, dtype = ordered(weight, (*taps, *summed, *groups, *out)), met(weight, expr)
     made = convolving.convolve(
-        x.astype(expr.dtype).reshape(_total(examples), *(i.size for i in space), -1),
-        z.astype(expr.dtype).reshape([g.tap.size if g.tap else 1 for g in part.grids]
+        x.astype(dtype).reshape(_total(examples), *(i.size for i in space), -1),
+        z.astype(dtype).reshape([g.tap.size if g.tap else 1 for g in part.grids]
                                      + [_total(summed), _total((*groups, *out))]),
         part.grids, _total(groups), expr.precision if rows.data else lax.Precision.HIGHEST,
     )  # fmt: skip

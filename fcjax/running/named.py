@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from fcjax.expressions.terms import Expr, Factor, Label
 
-__all__ = ["Env", "Named", "less_mean", "ordered", "pair", "realised", "sum_out"]
+__all__ = ["Env", "Named", "less_mean", "met", "ordered", "pair", "realised", "sum_out"]
 
 
 Env = Mapping[Any, Array]
@@ -79,9 +79,10 @@ def pair(a: Named, b: Named, keep: frozenset[Label], expr: Expr) -> Named:
     a = sum_out(a, keep | frozenset(b.labels))
     b = sum_out(b, keep | frozenset(a.labels))
     data = a.data or b.data
-    dtype = np.dtype(expr.dtype)
+    dtype = met(b, expr)
     if not data:  # weights keep the wider of the dtypes they are stored and used in
-        dtype = jnp.promote_types(dtype, jnp.promote_types(a.array.dtype, b.array.dtype))
+        wide = jnp.promote_types(a.array.dtype, b.array.dtype)
+        dtype = jnp.promote_types(jnp.promote_types(expr.dtype, wide), jnp.float32)
     x, y = a.array.astype(dtype), b.array.astype(dtype)
     shared = [label for label in a.labels if label in b.labels]
     contracted = [label for label in shared if label not in keep]
@@ -100,6 +101,16 @@ def pair(a: Named, b: Named, keep: frozenset[Label], expr: Expr) -> Named:
     precision = expr.precision if data else lax.Precision.HIGHEST
     value = lax.dot_general(x, y, numbers, precision=precision)
     return Named(value, (*batch, *own_a, *own_b), data)
+
+
+def met(weight: Named, expr: Expr) -> Any:
+    """The dtype in which a weight meets the data.
+
+    That of the value, but for float16: a product of weights may be too large or too small for it
+    though none of its factors is, so it meets the data as it was formed.
+    """
+    narrow = expr.dtype == jnp.float16 and not weight.data
+    return jnp.promote_types(expr.dtype, weight.array.dtype) if narrow else np.dtype(expr.dtype)
 
 
 def ordered(value: Named, labels: tuple[Label, ...]) -> Array:

@@ -22,7 +22,7 @@ from fcjax.planning.parts import (
     computed_over,
 )
 from fcjax.running import convolving
-from fcjax.running.named import Env, Named, less_mean, ordered, pair, realised, sum_out
+from fcjax.running.named import Env, Named, less_mean, met, ordered, pair, realised, sum_out
 
 __all__ = ["Formed", "form", "formed_leaves", "product_of", "weight_of", "whole_weight"]
 
@@ -161,7 +161,9 @@ def form(recipe: Recipe, env: Env) -> Formed:
         if isinstance(part, Product):
             _form_product(part, (i,), recipe.expr, env, formed)
         elif not _is_apart(part) and _is_invariant(part):
-            formed[i] = whole_weight(part, env, recipe.expr)
+            weight = whole_weight(part, env, recipe.expr)
+            array = weight.array.astype(met(weight, recipe.expr))  # once, not in every run
+            formed[i] = dataclasses.replace(weight, array=array)
     return formed
 
 

@@ -1,7 +1,7 @@
 """From a function to a flat list of equations, and what each value depends on."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -82,14 +82,15 @@ class Body:
       constants: arrays the function closes over, with their values.
       equations: in an order in which they can be computed.
       outputs: the results.
-      rows: values made of parameters whose rows take the place of data, see ``hoisting``.
+      rows: values whose rows take the place of data, each with the table they are the rows of, see
+        ``hoisting``.
     """
 
     inputs: tuple[Value, ...]
     constants: tuple[tuple[Value, Any], ...]
     equations: tuple[Equation, ...]
     outputs: tuple[Atom, ...]
-    rows: frozenset[Value] = frozenset()
+    rows: Mapping[Value, Value] = dataclasses.field(default_factory=dict)
 
 
 REMAT = frozenset({"remat2", "checkpoint"})
@@ -237,7 +238,7 @@ def kinds(body: Body, inputs: Sequence[Kind]) -> dict[Value, Kind]:
                 known[value] = dataclasses.replace(
                     joined, trainable=joined.trainable and _differentiable(equation, value)
                 )
-            if value in body.rows:
+            if value is not None and value in body.rows:
                 known[value] = dataclasses.replace(known[value], of="data", invariant=False)
     return known
 
