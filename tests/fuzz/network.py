@@ -29,7 +29,7 @@ class Network:
     """
 
     text: str
-    space: Mapping[str, Any]
+    space: dict[str, Any]
     settings: Mapping[str, Any]
 
     @property
@@ -60,10 +60,13 @@ class Network:
         return dataclasses.replace(self, space=space)
 
     @functools.cached_property
-    def perturbed(self) -> Network:
-        """The same network with weights and arguments that are rounded otherwise."""
-        changed = {name: _nudged(self.space[name]) for name in ("p", "args")}
-        return dataclasses.replace(self, space={**self.space, **changed})
+    def perturbed(self) -> tuple[Network, ...]:
+        """The same network with weights and arguments that are rounded otherwise, twice."""
+        spaces = (
+            self.space | {name: _nudged(self.space[name], seed) for name in ("p", "args")}
+            for seed in range(2)
+        )
+        return tuple(dataclasses.replace(self, space=space) for space in spaces)
 
 
 def _widened(tree: Any) -> Any:
@@ -74,9 +77,9 @@ def _widened(tree: Any) -> Any:
     return jax.tree.map(wide, tree)
 
 
-def _nudged(tree: Any) -> Any:
+def _nudged(tree: Any, seed: int) -> Any:
     """All floating arrays changed in their last digits."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def moved(leaf: Any) -> Any:
         return leaf * (1 + 1e-15 * rng.choice([-1, 0, 1], leaf.shape)) if is_float(leaf) else leaf

@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 
+import jax.numpy as jnp
+
 from .domains import AXES, AXIS, FLAG, SIZE, Among
 from .ops_dense import against
 from .registry import op
+from .weights import typed
 
 # --- layout ---
 
@@ -213,11 +216,16 @@ def normalised_in_groups(b, x, *, groups, gained):
     return f"{text} * {b.weight(x.shape[-1])}" if gained else text
 
 
-@op(axis=AXIS, constant=FLAG)
-def normalised_by_statistics(b, x, *, axis, constant):
-    """BatchNorm as evaluated: with running statistics."""
+@op(axis=AXIS, statistics=Among(("weights", "constants", "float32")))
+def normalised_by_statistics(b, x, *, axis, statistics):
+    """BatchNorm as evaluated: with running statistics, perhaps in another type."""
     at = b.axis(x, axis)
     shape = tuple(n if i == at else 1 for i, n in enumerate(x.shape))[at:]
-    make = (lambda *s: b.constant(f"normal({s})", s, b.dtype)) if constant else b.weight
-    mean, var = make(*shape), make(*shape)
+    dtype = jnp.dtype("float32") if statistics == "float32" else b.dtype
+    mean, var = (
+        b.weight(*shape)
+        if statistics == "weights"
+        else b.constant(typed(f"normal({shape})", shape, dtype), shape, dtype)
+        for _ in range(2)
+    )
     return f"({x} - {mean}) * lax.rsqrt({var} ** 2 + 0.1) * {b.weight(*shape)} + {b.weight(*shape)}"
