@@ -16,7 +16,7 @@ From the root of the repository::
     python -m tests.fuzz dense 1 1234         # the one of a seed, as a failure names it
     python -m tests.fuzz --all 1200           # 10,800 programs over all families
 
-The last is what to run before a release, on the oldest and on the newest Python. `test_fuzz.py` runs
+The last is what to run before a release, on the oldest and the newest Python. `test_fuzz.py` runs
 200 programs of each family, whose seeds advance with the number of commits: every commit tries
 programs that none has tried before.
 

@@ -95,7 +95,7 @@ def _claimed(network: Network, check: Check, seconds: float) -> Failure | None:
         with limited(seconds), quietly():
             _evaluated(check.make, network)(network.f, network.p, network.args)
     except AssertionError as error:
-        return Failure(check, f"claim: {_line(error)}", str(error)[:300])
+        return Failure(check, str(error).split(":")[0], str(error)[:300])
     except Exception as error:
         return _crash(check, error)
     return None

@@ -45,14 +45,23 @@ def _equation(eqn: Any, given: list[Taint], found: set[str]) -> list[Taint]:
         if len(inner.invars) <= len(given):
             operands = given[len(given) - len(inner.invars) :]
             made = _walk(inner, operands, found)
-            again = [_earlier(t) for t in made]
-            if eqn.primitive.name in ("scan", "while"):
-                carried = frozenset().union(*again)
-                _walk(inner, [t | carried if t and _moves(t) else t for t in operands], found)
             together |= frozenset().union(*made)
+            if again := _next_run(eqn, operands, made):
+                _walk(inner, again, found)
     if eqn.primitive.name in (*LAYERS, "mul"):
         _product(eqn.primitive.name, given, found)
     return [together] * len(eqn.outvars)
+
+
+def _next_run(eqn: Any, operands: list[Taint], made: list[Taint]) -> list[Taint]:
+    """The operands of a loop's second run, which reads what the first has made."""
+    begin = eqn.params.get("num_consts", eqn.params.get("body_nconsts"))
+    if eqn.primitive.name not in ("scan", "while") or eqn.params.get("length", 2) < 2:
+        return []
+    count = eqn.params.get("num_carry", len(made))
+    earlier = (frozenset((name, name != "") for name, _ in taint) for taint in made[:count])
+    carried = [a | b for a, b in zip(operands[begin:], earlier, strict=False)]
+    return [*operands[:begin], *carried, *operands[begin + len(carried) :]]
 
 
 def _product(name: str, given: list[Taint], found: set[str]) -> None:
@@ -60,15 +69,6 @@ def _product(name: str, given: list[Taint], found: set[str]) -> None:
         of_weights = other and ("", False) not in other
         if of_weights and (("", False) in one or name in LAYERS):
             found.update(n for n, _ in one - other if n)
-
-
-def _moves(taint: Taint) -> bool:
-    """Whether a loop's operand changes from run to run: it depends on data."""
-    return ("", False) in taint
-
-
-def _earlier(taint: Taint) -> Taint:
-    return frozenset((name, name != "") for name, _ in taint)
 
 
 def _bodies(eqn: Any) -> Iterator[Jaxpr]:
