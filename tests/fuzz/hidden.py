@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from fcjax import compat
+
 LAYERS = ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general")
 
 Taint = frozenset[tuple[str, bool]]
@@ -55,10 +57,12 @@ def _equation(eqn: Any, given: list[Taint], found: set[str]) -> list[Taint]:
 
 def _next_run(eqn: Any, operands: list[Taint], made: list[Taint]) -> list[Taint]:
     """The operands of a loop's second run, which reads what the first has made."""
-    begin = eqn.params.get("num_consts", eqn.params.get("body_nconsts"))
-    if eqn.primitive.name not in ("scan", "while") or eqn.params.get("length", 2) < 2:
+    if eqn.primitive.name == "scan" and eqn.params["length"] > 1:
+        begin, count = compat.scan_layout(eqn.params)
+    elif eqn.primitive.name == "while":
+        begin, count = eqn.params["body_nconsts"], len(made)
+    else:
         return []
-    count = eqn.params.get("num_carry", len(made))
     earlier = (frozenset((name, name != "") for name, _ in taint) for taint in made[:count])
     carried = [a | b for a, b in zip(operands[begin:], earlier, strict=False)]
     return [*operands[:begin], *carried, *operands[begin + len(carried) :]]

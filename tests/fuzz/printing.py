@@ -26,6 +26,7 @@ IMPORTS = {
     "Jaxpr": "from jax.extend.core import Jaxpr",
     "Literal": "from jax.extend.core import Literal",
     "fcjax": "\nimport fcjax",
+    "compat": "from fcjax import compat",
     "always_fold": "from fcjax.planning.plan import always_fold",
 }
 VALUES_OF = """\
