@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import lax
 
 from fcjax.planning.grids import Grid
+from fcjax.running.arrays import library
 
 __all__ = ["convolve", "place", "placing"]
 
 
 def convolve(
-    rows: Array, kernel: Array, grids: Sequence[Grid], groups: int, precision: lax.Precision | None
-) -> Array:
+    rows: Any, kernel: Any, grids: Sequence[Grid], groups: int, precision: lax.Precision | None
+) -> Any:
     """``y[n, o, f] = sum_kc x[n, i, c] Z[k, c, f]`` on a grid for each axis of space.
 
     Args:
@@ -34,13 +34,12 @@ def convolve(
     if any(g.spread == 1 and g.stride * (g.out.size - 1) >= g.read.size for g in grids):
         # Where more is made than is read, XLA on a CPU takes 40 times as long for the gradient of
         # the kernel (jax 0.10.1 and 0.12), unless the rows are padded by themselves.
-        rows = lax.pad(
-            rows, jnp.zeros((), rows.dtype), [(0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)]
-        )
+        edges = [(0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)]
+        rows = library(rows).pad(rows, np.zeros((), rows.dtype), edges)
         pads = [(0, 0)] * n
     order = (0, n + 1, *range(1, n + 1))
     numbers = lax.ConvDimensionNumbers(order, (n + 1, n, *range(n)), order)
-    return lax.conv_general_dilated(
+    return library(rows, kernel).conv_general_dilated(
         rows,
         kernel,
         window_strides=[g.stride for g in grids],
@@ -92,10 +91,11 @@ def placing(
     return made.sum(axis=tuple(range(len(taps), len(steps))), dtype=float)
 
 
-def place(array: Array, axis: int, spread: int, stride: int, offset: int, count: int) -> Array:
+def place(array: Any, axis: int, spread: int, stride: int, offset: int, count: int) -> Any:
     """``y[o] = x[i]`` where ``spread * i = stride * o + offset``, and zero elsewhere.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> place(jnp.array([1.0, 2.0]), 0, 2, 1, -1, 5).tolist()
       [0.0, 1.0, 0.0, 2.0, 0.0]
     """
@@ -103,5 +103,7 @@ def place(array: Array, axis: int, spread: int, stride: int, offset: int, count:
     high = last - spread * (array.shape[axis] - 1)
     pads = [(0, 0, 0)] * array.ndim
     pads[axis] = (-offset, high, spread - 1)
-    wide = lax.pad(array, jnp.zeros((), array.dtype), pads)
-    return lax.slice_in_dim(wide, 0, None, stride, axis)
+    ours = library(array)
+    wide = ours.pad(array, np.zeros((), array.dtype), pads)
+    strides = [stride if i == axis else 1 for i in range(array.ndim)]
+    return ours.slice(wide, [0] * array.ndim, wide.shape, strides)

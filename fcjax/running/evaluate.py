@@ -4,10 +4,12 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Hashable, Sequence
+from typing import Any
 
-import jax.numpy as jnp
-from jax import Array, lax
+import numpy as np
+from jax import lax
 
 from fcjax.expressions.terms import Expr, Label, Window
 from fcjax.planning.parts import (
@@ -22,6 +24,7 @@ from fcjax.planning.parts import (
     computed_over,
 )
 from fcjax.running import convolving, numerics
+from fcjax.running.arrays import broadcast_to, call, library
 from fcjax.running.named import Env, Named, met, ordered, pair, realised, sum_out
 from fcjax.running.placing import put_in_place
 from fcjax.running.weights import Formed, product_of, weight_of, whole_weight
@@ -33,7 +36,7 @@ SQUARE = "square"
 """Under ``(SQUARE, i)`` stands a mean square that was computed together with others."""
 
 
-def evaluate(recipe: Recipe, env: Env, formed: Formed) -> Array:
+def evaluate(recipe: Recipe, env: Env, formed: Formed) -> Any:
     """The value that the recipe describes.
 
     Args:
@@ -47,14 +50,14 @@ def evaluate(recipe: Recipe, env: Env, formed: Formed) -> Array:
     expr = recipe.expr
     order = sorted(enumerate(recipe.parts), key=lambda numbered: _rank(numbered[1], expr))
     values = [(_part(recipe, i, env, formed), _windows(part)) for i, part in order]
-    total: Array | None = None
+    total: Any = None
     for named in put_in_place(values, expr):
         value = _laid_out(named, expr)
         total = value if total is None else total + value
     if total is None:
-        total = jnp.zeros((), expr.dtype)
+        total = np.zeros((), expr.dtype)
     sizes = [label.size for label in itertools.chain(*expr.dims)]
-    return jnp.broadcast_to(total.astype(expr.dtype), sizes).reshape(expr.shape)
+    return broadcast_to(total.astype(expr.dtype), sizes).reshape(expr.shape)
 
 
 def _rank(part: Part, expr: Expr) -> int:
@@ -75,7 +78,7 @@ def _windows(part: Part) -> tuple[Window, ...]:
     return part.windows if isinstance(part, Convolution) else ()
 
 
-def _laid_out(value: Named, expr: Expr) -> Array:
+def _laid_out(value: Named, expr: Expr) -> Any:
     """The array on the flattened labels of the expression's axes, to be added to others."""
     return ordered(value, tuple(itertools.chain(*expr.dims))).astype(expr.dtype)
 
@@ -104,7 +107,7 @@ def _linear(part: Linear, weight: Named, expr: Expr, env: Env) -> Named:
     result = _rows_product(rows, weight, part, expr, env)
     if part.centre_rows:
         means = Named(
-            jnp.mean(rows.array, [rows.labels.index(x) for x in part.centre_rows]),
+            rows.array.mean(tuple(rows.labels.index(x) for x in part.centre_rows)),
             tuple(x for x in rows.labels if x not in part.centre_rows),
             True,
         )
@@ -134,7 +137,8 @@ def _rows_product(rows: Named, weight: Named, part: Linear, expr: Expr, env: Env
     z = ordered(weight, (*contracted, *columns)).astype(dtype)
     z = z.reshape([width] + [c.size for c in columns])
     factors = tuple(ordered(s, tokens) for s in scales)
-    out = numerics.scaled_product(x.astype(dtype), factors, z, expr.precision)
+    x = x.astype(dtype)
+    out = call(numerics.scaled_product, x, factors, z, static=(expr.precision,))
     return Named(out, (*tokens, *columns), True)
 
 
@@ -147,19 +151,20 @@ def _differentiated_apart(part: Linear, expr: Expr, env: Env) -> Named:
     labels = tuple(x for x in itertools.chain(*expr.dims) if x in part.rows.labels)
     labels += tuple(x for x in part.weight_labels if x in expr.free and x not in labels)
 
-    def given(x: Array, ws: Sequence[Array]) -> Env:
+    def given(x: Any, ws: Sequence[Any]) -> Env:
         return {rows: x, **dict(zip(weights, ws, strict=True))}
 
-    def merged(x: Array, ws: Sequence[Array]) -> Array:
+    def merged(x: Any, ws: Sequence[Any]) -> Any:
         env = given(x, ws)
         return ordered(_linear(part, weight_of(part, env, expr), expr, env), labels)
 
-    def apart(x: Array, ws: Sequence[Array]) -> Array:
+    def apart(x: Any, ws: Sequence[Any]) -> Any:
         env = given(x, ws)
         terms = [product_of(p, expr.free, expr, env) for p in part.apart]
-        return functools.reduce(jnp.add, (ordered(term, labels) for term in terms))
+        return functools.reduce(operator.add, (ordered(term, labels) for term in terms))
 
-    value = numerics.differentiated_apart(merged, apart, env[rows], [env[w] for w in weights])
+    function = functools.partial(numerics.differentiated_apart, merged, apart)
+    value = call(function, env[rows], [env[w] for w in weights])
     return Named(value, labels, True)
 
 
@@ -169,13 +174,13 @@ def _row_square(part: RowSquare, weight: Named, expr: Expr, env: Env) -> Named:
     contracted = [x for x in rows.labels if x not in expr.free]
     x = ordered(rows, (*tokens, *contracted)).reshape([*(t.size for t in tokens), -1])
     z = weight.array.astype(expr.dtype)
-    norm = numerics.row_square_sum(x.astype(expr.dtype), z)
+    norm = call(numerics.row_square_sum, x.astype(expr.dtype), z)
     return Named(part.scale * norm, tokens, True)
 
 
 def _convolution(part: Convolution, weight: Named, expr: Expr, env: Env) -> Named:
     """Convolves the rows, ordered as examples, space, channels, with the kernel Z."""
-    rows = Named(jnp.ones((), expr.dtype), (), False)
+    rows = Named(np.ones((), expr.dtype), (), False)
     if part.rows is not None:
         used = part.kept.union(weight.labels, (g.read for g in part.grids))
         rows = sum_out(realised(part.rows, env), used)
@@ -187,7 +192,7 @@ def _convolution(part: Convolution, weight: Named, expr: Expr, env: Env) -> Name
     examples = tuple(x for x in on_rows if x not in (*space, *summed, *groups))
     taps = tuple(x for g in part.grids for x in [g.tap] if x is not None)
     order = (*examples, *space, *groups, *summed)
-    x = jnp.broadcast_to(ordered(rows, order), [label.size for label in order])
+    x = broadcast_to(ordered(rows, order), [label.size for label in order])
     z, dtype = ordered(weight, (*taps, *summed, *groups, *out)), met(weight, expr)
     made = convolving.convolve(
         x.astype(dtype).reshape(_total(examples), *(i.size for i in space), -1),
@@ -213,7 +218,7 @@ def _interleaved(value: Named, phases: Sequence[Phases]) -> Named:
     starts = [inside[x].start if x in inside else 0 for x in outer]
     labels = tuple(inside[x].out if x in inside else x for x in outer)
     ends = [start + x.size for start, x in zip(starts, labels, strict=True)]
-    return Named(lax.slice(array, starts, ends), labels, value.data)
+    return Named(library(array).slice(array, starts, ends), labels, value.data)
 
 
 def _total(labels: Sequence[Label]) -> int:
@@ -250,8 +255,10 @@ def mean_squares(which: Sequence[tuple[Recipe, int]], env: Env) -> list[Named]:
         for part, own, (recipe, _) in zip(parts, columns, which, strict=True)
     ]
     z = [weight.astype(x.dtype).reshape(width, -1) for weight in weights]
+    ours = library(*z)
+    both = call(numerics.centred_square_sum, x, ours.concatenate(z, 1))
     ends = list(itertools.accumulate(w.shape[1] for w in z))
-    found = jnp.split(numerics.centred_square_sum(x, jnp.concatenate(z, axis=1)), ends[:-1])
+    found = [ours.slice(both, [end - w.shape[1]], [end]) for w, end in zip(z, ends, strict=True)]
     return [
         Named(part.scale * square.reshape([label.size for label in own]), own, True)
         for part, square, own in zip(parts, found, columns, strict=True)

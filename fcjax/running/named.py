@@ -7,14 +7,16 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import lax
 
 from fcjax.expressions.terms import Expr, Factor, Label
+from fcjax.running.arrays import library, wrapped
 
 __all__ = ["Env", "Named", "less_mean", "met", "ordered", "pair", "realised", "sum_out"]
 
 
-Env = Mapping[Any, Array]
+Env = Mapping[Any, Any]
+"""Arrays, of jax or of another library; see ``arrays``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Named:
       data: whether it depends on data; weights among themselves are multiplied at full precision.
     """
 
-    array: Array
+    array: Any
     labels: tuple[Label, ...]
     data: bool
 
@@ -39,34 +41,32 @@ def realised(factor: Factor, env: Env) -> Named:
         views = [
             view or (0, size, 1) for view, size in zip(factor.slices, array.shape, strict=True)
         ]
-        around = [
-            (max(-start, 0), max(limit - size, 0))
-            for (start, limit, _), size in zip(views, array.shape, strict=True)
-        ]
-        if any(map(any, around)):
-            array = jnp.pad(array, around, mode="wrap")
-            pairs = zip(views, around, strict=True)
-            views = [(start + low, limit + low, step) for (start, limit, step), (low, _) in pairs]
-        array = lax.slice(array, *(list(v) for v in zip(*views, strict=True)))
+        for axis, (start, limit, step) in enumerate(views):
+            low, high = max(-start, 0), max(limit - array.shape[axis], 0)
+            if low or high:
+                array = wrapped(array, axis, low, high)
+                views[axis] = (start + low, limit + low, step)
+        array = library(array).slice(array, *(list(v) for v in zip(*views, strict=True)))
     labels = tuple(itertools.chain(*factor.axes))
-    array = jnp.reshape(array, [label.size for label in labels])
+    array = array.reshape([label.size for label in labels])
     if factor.centred:
         array = less_mean(array, labels, factor.centred)
     return Named(array, labels, factor.is_data)
 
 
-def less_mean(array: Array, labels: tuple[Label, ...], over: frozenset[Label]) -> Array:
+def less_mean(array: Any, labels: tuple[Label, ...], over: frozenset[Label]) -> Any:
     """The array less its mean over labels."""
-    return array - jnp.mean(array, [labels.index(x) for x in labels if x in over], keepdims=True)
+    axes = tuple(labels.index(x) for x in labels if x in over)
+    return array - array.mean(axes, keepdims=True)
 
 
 def sum_out(value: Named, keep: frozenset[Label]) -> Named:
     """The sum over all labels that are not kept."""
-    gone = [i for i, label in enumerate(value.labels) if label not in keep]
+    gone = tuple(i for i, label in enumerate(value.labels) if label not in keep)
     if not gone:
         return value
     labels = tuple(label for label in value.labels if label in keep)
-    return Named(jnp.sum(value.array, gone), labels, value.data)
+    return Named(value.array.sum(gone), labels, value.data)
 
 
 def pair(a: Named, b: Named, keep: frozenset[Label], expr: Expr) -> Named:
@@ -99,7 +99,7 @@ def pair(a: Named, b: Named, keep: frozenset[Label], expr: Expr) -> Named:
         ([a.labels.index(n) for n in batch], [b.labels.index(n) for n in batch]),
     )
     precision = expr.precision if data else lax.Precision.HIGHEST
-    value = lax.dot_general(x, y, numbers, precision=precision)
+    value = library(x, y).dot_general(x, y, numbers, precision=precision)
     return Named(value, (*batch, *own_a, *own_b), data)
 
 
@@ -113,8 +113,8 @@ def met(weight: Named, expr: Expr) -> Any:
     return jnp.promote_types(expr.dtype, weight.array.dtype) if narrow else np.dtype(expr.dtype)
 
 
-def ordered(value: Named, labels: tuple[Label, ...]) -> Array:
+def ordered(value: Named, labels: tuple[Label, ...]) -> Any:
     """The array with its axes in the order of ``labels``, size 1 where it has none of them."""
     present = [label for label in labels if label in value.labels]
-    array = jnp.transpose(value.array, [value.labels.index(label) for label in present])
+    array = value.array.transpose([value.labels.index(label) for label in present])
     return array.reshape([label.size if label in value.labels else 1 for label in labels])

@@ -3,12 +3,11 @@
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-
-import jax.numpy as jnp
-from jax import Array
+from typing import Any
 
 from fcjax.expressions.terms import Expr, Label, Window
 from fcjax.running import convolving
+from fcjax.running.arrays import broadcast_to, library
 from fcjax.running.named import Named, ordered
 
 __all__ = ["put_in_place"]
@@ -46,7 +45,7 @@ def _joined(out: Label, pieces: Sequence[tuple[Named, Window]], expr: Expr) -> N
     """Pieces that fill an axis, those at the same place added up."""
     labels = tuple(itertools.chain(*expr.dims))
     axis = labels.index(out)
-    at: dict[tuple[int, int], Array] = {}
+    at: dict[tuple[int, int], Any] = {}
     for value, window in pieces:
         (read,) = window.labels - {out}
         array = ordered(value, tuple(read if x is out else x for x in labels)).astype(expr.dtype)
@@ -54,18 +53,19 @@ def _joined(out: Label, pieces: Sequence[tuple[Named, Window]], expr: Expr) -> N
         at[span] = at[span] + array if span in at else array
     sizes = [label.size for label in labels]
     whole = [
-        jnp.broadcast_to(at[span], [*sizes[:axis], span[1] - span[0], *sizes[axis + 1 :]])
+        broadcast_to(at[span], [*sizes[:axis], span[1] - span[0], *sizes[axis + 1 :]])
         for span in sorted(at)
     ]
-    return Named(jnp.concatenate(whole, axis), labels, True)
+    return Named(library(*whole).concatenate(whole, axis), labels, True)
 
 
 def _placed(value: Named, window: Window, free: frozenset[Label]) -> Named:
     """Puts an axis of a value where a window says, zero elsewhere."""
     (read,), (out,) = window.labels - free, window.labels & free
     if read not in value.labels:
-        ones = jnp.ones([read.size], value.array.dtype)
-        value = Named(value.array[..., None] * ones, (*value.labels, read), value.data)
+        wide = value.array.reshape((*value.array.shape, 1))
+        repeated = broadcast_to(wide, (*value.array.shape, read.size))
+        value = Named(repeated, (*value.labels, read), value.data)
     sign = 1 if window.by(read) > 0 else -1
     spread, stride, offset = (sign * n for n in (window.by(read), -window.by(out), -window.offset))
     axis = value.labels.index(read)

@@ -4,9 +4,9 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Hashable
+from typing import Any
 
-import jax.numpy as jnp
-from jax import Array
+import numpy as np
 
 from fcjax.expressions.terms import Expr, Factor, Label
 from fcjax.planning.contraction import Order, members
@@ -22,6 +22,7 @@ from fcjax.planning.parts import (
     computed_over,
 )
 from fcjax.running import convolving
+from fcjax.running.arrays import broadcast_to, library
 from fcjax.running.named import Env, Named, less_mean, met, ordered, pair, realised, sum_out
 
 __all__ = ["Formed", "form", "formed_leaves", "product_of", "weight_of", "whole_weight"]
@@ -47,7 +48,7 @@ def product_of(
     """
     term = part.term
     if not term.factors:
-        return Named(jnp.asarray(term.scale, expr.dtype), (), False)
+        return Named(np.asarray(term.scale, expr.dtype), (), False)
     value = sum_out(_multiply(part, part.order, keep, expr, env, formed or {}, key), keep)
     if term.scale == 1.0:
         return value
@@ -76,7 +77,7 @@ def _labels_of(part: Product, order: Order) -> frozenset[Label]:
 def weight_of(part: Linear | MeanSquare | Convolution, env: Env, expr: Expr) -> Named:
     """The effective weight Z, on exactly ``part.weight_labels``."""
     labels = part.weight_labels
-    total: Array | None = None
+    total: Any = None
     for i, product in enumerate(_products(part)):
         if isinstance(part, Convolution):
             value = _tap_product(part, i, expr, env)
@@ -85,7 +86,7 @@ def weight_of(part: Linear | MeanSquare | Convolution, env: Env, expr: Expr) -> 
         array = ordered(value, labels)
         total = array if total is None else total + array
     assert total is not None
-    total = jnp.broadcast_to(total, [label.size for label in labels])
+    total = broadcast_to(total, [label.size for label in labels])
     if isinstance(part, Linear) and part.centre_weight:
         total = less_mean(total, labels, part.centre_weight)
     data = any(f.is_data for product in _products(part) for f in product.term.factors)
@@ -110,12 +111,16 @@ def whole_weight(
     width, columns = (math.prod(x.size for x in labels) for labels in (contracted, part.over))
     own = weight_of(part.inner, env, expr)
     matrix = ordered(own, (*contracted, *part.over)).reshape(width, columns)
-    shift = jnp.zeros([x.size for x in part.over], matrix.dtype)
+    if not part.shifts:
+        return Named(matrix, (Label(width), Label(columns)), own.data)
+    shift = np.zeros([x.size for x in part.over], matrix.dtype)
     for product in part.shifts:
         value = product_of(product, frozenset(part.over), expr, env)
-        shift = shift + ordered(value, part.over)
-    rows = [matrix, shift.reshape(1, columns)] if part.shifts else [matrix]
-    return Named(jnp.concatenate(rows), (Label(width + len(rows) - 1), Label(columns)), own.data)
+        shift = ordered(value, part.over) + shift
+    dtype = np.promote_types(matrix.dtype, shift.dtype)
+    both = [matrix.astype(dtype), shift.reshape(1, columns).astype(dtype)]
+    rows = library(*both).concatenate(both, 0)
+    return Named(rows, (Label(width + 1), Label(columns)), own.data)
 
 
 def _tap_product(part: Convolution, i: int, expr: Expr, env: Env) -> Named:
@@ -127,7 +132,7 @@ def _tap_product(part: Convolution, i: int, expr: Expr, env: Env) -> Named:
         if grid.tap is not None or taps.steps:
             value = _at_taps(value, taps, grid.tap, kernel, expr)
     for summed, kept in place.diagonal:
-        eye = Named(jnp.eye(kept.size, dtype=value.array.dtype), (summed, kept), False)
+        eye = Named(np.eye(kept.size, dtype=value.array.dtype), (summed, kept), False)
         value = pair(value, eye, frozenset(part.weight_labels), expr)
     return value
 
@@ -147,7 +152,7 @@ def _at_taps(
     )
     axes = (*(x for x, _ in kept), *([tap] if tap else []))
     chosen = chosen.reshape([x.size for x in axes])
-    placing = Named(jnp.asarray(chosen, value.array.dtype), axes, False)
+    placing = Named(np.asarray(chosen, value.array.dtype), axes, False)
     return pair(value, placing, frozenset(value.labels).difference(own) | kernel, expr)
 
 

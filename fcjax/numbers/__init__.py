@@ -1,0 +1,1 @@
+"""Programs on numbers: jaxprs evaluated by numpy, with nothing compiled."""
