@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -20,6 +19,7 @@ import numpy as np
 import fcjax
 
 from . import claims, making, measures
+from .evaluating import Way, evaluating
 from .making import plain
 from .network import Network
 
@@ -123,9 +123,9 @@ def _evaluated(text: str, network: Network) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _expected(network: Network, text: str) -> Any:
+def _expected(network: Network, text: str, way: Way = "fast") -> Any:
     """What a measure finds of the network as written; None if JAX refuses it."""
-    with contextlib.suppress(Exception), quietly():
+    with contextlib.suppress(Exception), quietly(), evaluating(way):
         return _evaluated(text, network)(plain(network.f, network.p, network.args), network.args)
     return None
 
@@ -190,14 +190,10 @@ def largest(x: np.ndarray) -> float:
 
 def _allowed(network: Network, text: str, expected: Any) -> dict[str, float]:
     """The deviation of each array that rounding explains."""
-    unit, factor, networks = _rounded(network)
-    tops: dict[str, float] = collections.defaultdict(float)
-    for name, x in named(expected):
-        tops[name.split()[0]] = max(tops[name.split()[0]], largest(x))
-    limits = {
-        name: max(EXACT * largest(x), unit * tops[name.split()[0]]) for name, x in named(expected)
-    }
-    for other in (_expected(n, text) for n in networks):
+    unit, factor, others = _rounded(network, text)
+    floor = unit * max((largest(x) for _, x in named(expected)), default=0.0)
+    limits = {name: max(EXACT * largest(x), floor) for name, x in named(expected)}
+    for other in others:
         if other is None:
             return dict.fromkeys(limits, np.inf)
         for (name, x), y in zip(named(expected), jax.tree.leaves(other), strict=True):
@@ -213,15 +209,15 @@ def _apart(x: np.ndarray, y: np.ndarray) -> float:
     return largest(wide(x)[both] - wide(y)[both])
 
 
-def _rounded(network: Network) -> tuple[float, float, tuple[Network, ...]]:
-    """Units, a factor, and the network rounded otherwise.
+def _rounded(network: Network, text: str) -> tuple[float, float, list[Any]]:
+    """Units, a factor, and what a measure finds of the network rounded otherwise.
 
     Twice the network's own error may be off in narrow types, and ``ROUNDINGS`` in float64.
     """
     if network.narrow:
         unit = max(float(jnp.finfo(dtype).eps) for dtype in network.narrow)
-        return UNITS * unit, 2.0, (network.wide,)
-    return 1e-13, ROUNDINGS, network.perturbed
+        return UNITS * unit, 2.0, [_expected(network, text, "in double")]
+    return 1e-13, ROUNDINGS, [_expected(other, text) for other in network.perturbed]
 
 
 # --- crashes and time ---

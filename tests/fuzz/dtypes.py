@@ -6,14 +6,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-NARROW = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "c64": "complex64"}
-"""Types that round: a program is compared with itself in ``WIDER`` ones."""
-WIDER = {"bf16": "float64", "f16": "float64", "f32": "float64", "c64": "complex128"}
-OTHERS = {
-    "f64": "float64", "c128": "complex128", "i64": "int64", "i32": "int32", "i8": "int8",
-    "u8": "uint8", "boolean": "bool",
+DTYPES = {
+    "bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64", "c64": "complex64",
+    "c128": "complex128", "i64": "int64", "i32": "int32", "i8": "int8", "u8": "uint8",
+    "boolean": "bool",
 }  # fmt: skip
-DTYPES = NARROW | OTHERS
 _ALIASES = {name: alias for alias, name in DTYPES.items()}
 
 

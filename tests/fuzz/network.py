@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from .dtypes import DTYPES, NARROW, WIDER
+from .evaluating import narrow_types
 from .measures import is_float
 from .programs import Program
 from .writing import Inapplicable, Writer, globals_of
@@ -44,20 +42,16 @@ class Network:
     def args(self) -> tuple[Any, ...]:
         return self.space["args"]
 
-    @property
-    def narrow(self) -> tuple[str, ...]:
-        """The narrower types in which it computes."""
-        return tuple(full for name, full in NARROW.items() if re.search(rf"\b{name}\b", self.text))
-
     @functools.cached_property
-    def wide(self) -> Network:
-        """The same network with the same numbers, computing in float64 throughout."""
-        space = globals_of()
-        exec(self.text, space)
-        space.update({name: _widened(space[name]) for name in ("p", "c", "args") if name in space})
-        space.update(globals_of(DTYPES | WIDER))
-        exec(self.text[self.text.index("def f(") :], space)
-        return dataclasses.replace(self, space=space)
+    def narrow(self) -> set[Any]:
+        """The floating types below double in which it computes."""
+        arrays = [a for a in self.args if hasattr(a, "dtype")]
+
+        def call(p: Any, arrays: Any) -> Any:
+            given = iter(arrays)
+            return self.f(p, *(next(given) if hasattr(a, "dtype") else a for a in self.args))
+
+        return narrow_types(jax.make_jaxpr(call)(self.p, arrays))
 
     @functools.cached_property
     def perturbed(self) -> tuple[Network, ...]:
@@ -67,14 +61,6 @@ class Network:
             for seed in range(2)
         )
         return tuple(dataclasses.replace(self, space=space) for space in spaces)
-
-
-def _widened(tree: Any) -> Any:
-    def wide(leaf: Any) -> Any:
-        kind = jnp.complex128 if jnp.iscomplexobj(leaf) else jnp.float64
-        return jnp.asarray(leaf).astype(kind) if is_float(leaf) else leaf
-
-    return jax.tree.map(wide, tree)
 
 
 def _nudged(tree: Any, seed: int) -> Any:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -73,11 +73,11 @@ class Function:
     stack: str
 
 
-def globals_of(dtypes: Mapping[str, str] = DTYPES) -> dict[str, Any]:
+def globals_of() -> dict[str, Any]:
     """What the text of a program may name."""
     known = {"jax": jax, "jnp": jnp, "np": np, "lax": lax, "optax": optax}
     known["io_callback"] = io_callback
-    named = {name: jnp.dtype(full) for name, full in dtypes.items()}
+    named = {name: jnp.dtype(full) for name, full in DTYPES.items()}
     return known | named | vars(helpers)
 
 
