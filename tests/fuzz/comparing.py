@@ -42,11 +42,13 @@ class Check:
       make: names how fcjax makes a network, or a claim about it.
       measures: what of it is compared with the network as written: the first that this one has.
         None for a claim.
+      way: how the network as written is evaluated.
     """
 
     name: str
     make: str
     measures: tuple[str, ...] = ()
+    way: Way = "fast"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,7 @@ def failure(network: Network, check: Check, seconds: float) -> Failure | None:
     if not check.measures:
         return _claimed(network, check, seconds)
     for text in check.measures:
-        expected = _expected(network, text)
+        expected = _expected(network, text, check.way)
         if expected is not None:
             return _compared(network, check, text, expected, seconds)
     return None
@@ -125,8 +127,10 @@ def _evaluated(text: str, network: Network) -> Any:
 @functools.lru_cache(maxsize=8)
 def _expected(network: Network, text: str, way: Way = "fast") -> Any:
     """What a measure finds of the network as written; None if JAX refuses it."""
-    with contextlib.suppress(Exception), quietly(), evaluating(way):
-        return _evaluated(text, network)(plain(network.f, network.p, network.args), network.args)
+    net = plain(network.f, network.p, network.args)
+    for evaluated in (way, "compiled"):
+        with contextlib.suppress(Exception), quietly(), evaluating(evaluated):
+            return _evaluated(text, network)(net, network.args)
     return None
 
 

@@ -111,6 +111,12 @@ def followed(settings: Mapping[str, Any]) -> list[Check]:
     return [Check("planned", "planned", REVERSE), Check("forced", "forced", REVERSE)]
 
 
+def evaluated(settings: Mapping[str, Any]) -> list[Check]:
+    """The library's evaluation by numpy, which its own checks and these tests rely on."""
+    del settings
+    return [Check("evaluated", "plain", REVERSE, way="compiled")]
+
+
 def merged(settings: Mapping[str, Any]) -> list[Check]:
     measures = (f"values_at({settings['rows']})", "values")
     return [
@@ -236,5 +242,10 @@ FAMILIES = {
             settings={"derivative": Among(tuple(DERIVATIVES))},
         ),
         derived,
+    ),
+    "numbers": Family(
+        Palette({"data": 2, "rows": 2, "image": 2}, ALL | TYPES, (1, 5), zeros=0.02,
+                general=GENERAL),
+        evaluated,
     ),
 }  # fmt: skip

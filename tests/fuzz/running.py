@@ -91,7 +91,7 @@ def by_kind(found: list[Found]) -> dict[str, list[Found]]:
 COMPARED = """\
 make, measure = {make}, {measure}
 expected = measure(plain(f, p, args), args)
-actual = measure(make(f, p, args), args)
+{then}actual = measure(make(f, p, args), args)
 
 
 def found(tree):
@@ -106,7 +106,9 @@ CRASH = "{measure}(({make})(f, p, args), args)"
 
 def printed(found: Failure) -> str:
     """The comparison that fails, with what it calls."""
-    given = {"make": found.check.make, "measure": found.measure}
+    given = {"make": found.check.make, "measure": found.measure, "then": ""}
+    if found.check.way == "compiled":
+        given["then"] = "from fcjax.numbers.interpreter import values_of\n"
     if not found.measure:
         text = f"{found.check.make}(f, p, args)"
     elif found.where:
