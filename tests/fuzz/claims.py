@@ -13,12 +13,17 @@ from .measures import is_float, some
 
 
 def gap(a, b):
-    """The largest difference of two pytrees, relative to each leaf of b."""
+    """The largest difference of two pytrees, relative to each leaf of b; infinite if one is."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    gaps = [
-        np.max(np.abs(x - y), initial=0) / max(np.max(np.abs(y), initial=0), 1e-3) for x, y in pairs
-    ]
-    return max(map(float, gaps), default=0.0)
+    return max((gap_of_leaf(np.asarray(x), np.asarray(y)) for x, y in pairs), default=0.0)
+
+
+def gap_of_leaf(x, y):
+    if not np.array_equal(np.isfinite(x), np.isfinite(y)):
+        return np.inf
+    finite = np.isfinite(y)
+    size = max(np.max(np.abs(y[finite]), initial=0), 1e-3)
+    return float(np.max(np.abs(x[finite] - y[finite]), initial=0) / size)
 
 
 def expands_and_reduces(optimizer, **options):

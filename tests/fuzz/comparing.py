@@ -29,7 +29,7 @@ ROUNDINGS = 100
 """How many times what rounding all weights differently changes may be off beside that."""
 UNITS = 8
 """Units in the last place of the narrowest type that are no deviation."""
-REFUSED = ("returns nothing differentiable", "nothing to train", "is no array")
+REFUSED = ("returns nothing differentiable", "nothing to train", "stand at a saddle")
 """Networks that fcjax refuses by design."""
 
 
