@@ -138,7 +138,7 @@ def _expected(network: Network, text: str, way: Way = "fast") -> Any:
 
 
 def difference(actual: Any, expected: Any, allowed: Mapping[str, Any] | None) -> Failure | None:
-    """The first array that differs.
+    """The first array that differs, outputs in front.
 
     Args:
       actual: a pytree of arrays, the kinds of results in front.
@@ -150,7 +150,7 @@ def difference(actual: Any, expected: Any, allowed: Mapping[str, Any] | None) ->
         structures = f"{jax.tree.structure(actual)}, not {jax.tree.structure(expected)}"
         return Failure(UNKNOWN, "structure", structures)
     pairs = zip(named(expected), jax.tree.leaves(actual), strict=True)
-    for (where, b), a in pairs:
+    for (where, b), a in sorted(pairs, key=lambda pair: not pair[0][0].startswith("value")):
         kind, limit = where.split()[0], 0.0
         if allowed is not None:
             limit = allowed.get(where, EXACT * largest(b))

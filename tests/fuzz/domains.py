@@ -55,7 +55,7 @@ class Size:
         return 2
 
     def simpler(self, value: int) -> Iterator[int]:
-        yield from (n for n in (2, 1, 3) if n < max(value, 3) and n != value)
+        yield from itertools.takewhile(lambda n: n != value, (2, 1, 3))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -200,7 +200,7 @@ FAMILIES = {
     ),
     "types": Family(
         Palette(
-            {"typed_data": 3, "data": 1, "image": 0.5}, TYPED, (2, 7), zeros=0.06,
+            {"typed_data": 3, "data": 1, "image": 0.5, "whole": 0.3}, TYPED, (2, 7), zeros=0.06,
             general={"source": 0.25, "init": 0.15},
         ),
         followed,

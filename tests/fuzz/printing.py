@@ -71,8 +71,13 @@ def definitions(module: ModuleType) -> dict[str, str]:
 
     What belongs to a definition, such as a rule for its derivative, stands behind it.
     """
-    found: dict[str, str] = {}
-    for part in re.split(r"\n\n\n", inspect.getsource(module))[1:]:
+    begun, *parts = inspect.getsource(module).split("\n\n\n")
+    found = {
+        name: ast.get_source_segment(begun, node) or ""
+        for node in ast.parse(begun).body if isinstance(node, ast.Assign)
+        for name in assigned(node)
+    }  # fmt: skip
+    for part in parts:
         plain = re.sub(r"^ *from \.\w+ import .*\n\n?|^# ---.*$", "", part, flags=re.MULTILINE)
         owner = re.match(r"@?(\w+)\.", plain)
         if owner and owner[1] in found:
@@ -88,7 +93,11 @@ def defined(part: str) -> Iterator[str]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
         elif isinstance(node, ast.Assign):
-            yield from (t.id for t in node.targets if isinstance(t, ast.Name))
+            yield from assigned(node)
+
+
+def assigned(node: ast.Assign) -> list[str]:
+    return [target.id for target in node.targets if isinstance(target, ast.Name)]
 
 
 def names(code: CodeType) -> set[str]:
