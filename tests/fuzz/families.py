@@ -108,7 +108,7 @@ REVERSE = ("value_and_gradient", "value_and_tangent", "values")
 def followed(settings: Mapping[str, Any]) -> list[Check]:
     """Values and gradients, as planned and with every rewrite forced."""
     del settings
-    return [Check("planned", "planned", REVERSE), Check("forced", "forced", REVERSE)]
+    return [Check("planned", "planned", REVERSE), Check("forced", "forced(planned)", REVERSE)]
 
 
 def evaluated(settings: Mapping[str, Any]) -> list[Check]:
@@ -121,13 +121,13 @@ def merged(settings: Mapping[str, Any]) -> list[Check]:
     measures = (f"values_at({settings['rows']})", "values")
     return [
         Check("merged", "merged", measures),
-        Check("merged by force", "merged_by_force", measures),
+        Check("merged by force", "forced(merged)", measures),
     ]
 
 
 def derived(settings: Mapping[str, Any]) -> list[Check]:
     measures = (f"derivative({settings['derivative']!r})", "value_and_tangent")
-    return [Check("planned", "planned", measures), Check("forced", "forced", measures)]
+    return [Check("planned", "planned", measures), Check("forced", "forced(planned)", measures)]
 
 
 MATRICES = "lambda tree: jax.tree.map(lambda w: jnp.ndim(w) > 1, tree)"
@@ -165,17 +165,22 @@ def optimizer(settings: Mapping[str, Any]) -> str:
 
 def optimizers(settings: Mapping[str, Any]) -> list[Check]:
     chain = optimizer(settings)
-    trained = Check("trained", f"optimized({chain})", (f"trained({chain})",))
-    return [trained, Check("expanded", f"expands_and_reduces({chain})")]
+    measures = (f"trained({chain})",)
+    return [
+        Check("trained", f"optimized({chain})", measures),
+        Check("trained by force", f"forced(optimized({chain}))", measures),
+        Check("expanded", f"expands_and_reduces({chain})"),
+    ]
 
 
 def flows(settings: Mapping[str, Any]) -> list[Check]:
     options = f"exactness='flow', rebalance={settings['rebalance']}"
-    radial = f"optax.sgd(0.01), exactness='approximate', rebalance={settings['rebalance']}"
+    radial = f"exactness='approximate', rebalance={settings['rebalance']}"
     return [
         Check("flow", f"follows_the_flow({options})"),
         Check("expanded", f"expands_and_reduces(optax.sgd(0.01), {options})"),
-        Check("radial", f"expands_and_reduces({radial})"),
+        Check("radial", f"expands_and_reduces(optax.sgd(0.01), {radial})"),
+        Check("kept laws", f"keeps_laws({radial})"),
     ]
 
 

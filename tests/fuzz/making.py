@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 
 import fcjax
@@ -19,32 +18,9 @@ def planned(f, p, args):
     return types.SimpleNamespace(apply=fc.apply, params=fc.params, expand=fc.expand)
 
 
-def always(fn):
-    """The function with every rewrite forced."""
-
-    @functools.wraps(fn)
-    def forced(*args):
-        with always_fold():
-            return fn(*args)
-
-    return forced
-
-
-@always
-def forced(f, p, args):
-    fc = fcjax.front_contribute(f, p, *args)
-    return types.SimpleNamespace(apply=always(fc.apply), params=fc.params, expand=fc.expand)
-
-
 def merged(f, p, args):
     found = fcjax.merge(f, p, *args)
     return types.SimpleNamespace(apply=found.apply, params=found.params)
-
-
-@always
-def merged_by_force(f, p, args):
-    found = fcjax.merge(f, p, *args)
-    return types.SimpleNamespace(apply=always(found.apply), params=found.params)
 
 
 def optimized(optimizer):
@@ -55,3 +31,21 @@ def optimized(optimizer):
         return types.SimpleNamespace(apply=fc.apply, params=fc.params, expand=fc.expand)
 
     return make
+
+
+def forced(make):
+    """The same with every rewrite that can be represented."""
+
+    def made(f, p, args):
+        with always_fold():
+            found = make(f, p, args)
+        apply = found.apply
+
+        def always(*given):
+            with always_fold():
+                return apply(*given)
+
+        found.apply = always
+        return found
+
+    return made
