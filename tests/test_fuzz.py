@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from fuzz import comparing, drawing, printing, programs, running
+from fuzz import comparing, differences, drawing, printing, programs, running
 from fuzz.families import FAMILIES
 from fuzz.network import network
 from fuzz.registry import OPS
@@ -77,10 +77,10 @@ def broken(monkeypatch):
 @pytest.mark.usefixtures("broken")
 def test_a_wrong_library_is_found_and_the_program_shrunk_and_printed():
     found = next(running.failures("dense", range(20), SECONDS))
-    assert found.failure.kind == "value is off"
+    assert found.failure.found.kind == "value is off"
     small = running.smallest(found, SECONDS)
     assert programs.size(small.program) == 2
-    assert small.failure.kind == found.failure.kind
+    assert small.failure.found.kind == found.failure.found.kind
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         exec(compile(small.text(), "<printed>", "exec"), {})
 
@@ -90,7 +90,8 @@ def test_printed_programs_stand_alone(family):
     """Whatever a printed program names it imports or defines."""
     program = drawing.program(family, FAMILIES[family].palette, 3)
     for check in FAMILIES[family].checks(program.settings):
-        failure = comparing.Failure(check, "", "", measure=[*check.measures, ""][0], where="x")
+        off = differences.Difference("", "", "x")
+        failure = comparing.Failure(check, off, [*check.measures, ""][0])
         text = running.Found(family, 3, program, failure).text()
         code = compile(text, "<printed>", "exec")
         assert printing.names(code) <= {*dir(builtins), *code.co_names}
@@ -131,14 +132,16 @@ def test_simpler_arguments_end_with_the_simplest(name):
     ],
 )
 def test_differences(actual, kind):
-    found = comparing.difference(
+    found = differences.difference(
         {"value": np.asarray(actual)}, {"value": np.asarray([1.0, 2.0])}, {}
     )
     assert (found and found.kind) == kind
 
 
 def test_infinities_are_told_apart():
-    found = comparing.difference({"value": np.array([np.inf])}, {"value": np.array([-np.inf])}, {})
+    found = differences.difference(
+        {"value": np.array([np.inf])}, {"value": np.array([-np.inf])}, {}
+    )
     assert found.kind == "value is infinite otherwise"
 
 
@@ -149,7 +152,7 @@ def test_a_plan_that_takes_too_long_is_a_failure(monkeypatch):
 
     monkeypatch.setattr(fcjax, "front_contribute", endless)
     found = next(running.failures("dense", range(1), 0.2))
-    assert found.failure.kind.startswith("slow")
+    assert found.failure.found.kind.startswith("slow")
 
 
 def test_the_command_lists_the_families():

@@ -8,7 +8,7 @@ import functools
 import io
 import signal
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ import numpy as np
 import fcjax
 
 from . import claims, making, measures
+from .differences import EXACT, Difference, apart, difference, largest, named
 from .evaluating import Way, evaluating
 from .making import plain
 from .network import Network
 
-EXACT = 1e-10
-"""Relative deviation that float64 may have, of each array's largest entry."""
 ROUNDINGS = 100
 """How many times what rounding all weights differently changes may be off beside that."""
 UNITS = 8
@@ -57,22 +56,13 @@ class Failure:
 
     Attributes:
       check: the check.
-      kind: what is wrong, without numbers: two failures of one kind may be one fault.
-      detail: what is wrong, with numbers.
+      found: what is wrong. Two failures of one kind may be one fault.
       measure: the measure that found it; none for a claim.
-      where: the array that differs.
-      limit: the deviation that it may have.
     """
 
     check: Check
-    kind: str
-    detail: str
+    found: Difference
     measure: str = ""
-    where: str = ""
-    limit: float = 0.0
-
-
-UNKNOWN = Check("", "")
 
 
 def failure(network: Network, check: Check, seconds: float) -> Failure | None:
@@ -97,7 +87,7 @@ def _claimed(network: Network, check: Check, seconds: float) -> Failure | None:
         with limited(seconds), quietly():
             _evaluated(check.make, network)(network.f, network.p, network.args)
     except AssertionError as error:
-        return Failure(check, str(error).split(":")[0], str(error)[:300])
+        return Failure(check, Difference(str(error).split(":")[0], str(error)[:300]))
     except Exception as error:
         return _crash(check, error)
     return None
@@ -116,7 +106,7 @@ def _compared(
     off = difference(actual, expected, None if network.narrow else {})
     if off is not None:
         off = difference(actual, expected, _allowed(network, text, expected))
-    return off and dataclasses.replace(off, check=check, measure=text)
+    return off and Failure(check, off, text)
 
 
 def _evaluated(text: str, network: Network) -> Any:
@@ -134,62 +124,7 @@ def _expected(network: Network, text: str, way: Way = "fast") -> Any:
     return None
 
 
-# --- how far off ---
-
-
-def difference(actual: Any, expected: Any, allowed: Mapping[str, Any] | None) -> Failure | None:
-    """The first array that differs, outputs in front.
-
-    Args:
-      actual: a pytree of arrays, the kinds of results in front.
-      expected: likewise.
-      allowed: deviations that are no difference, by path; ``EXACT`` of the largest entry
-        where nothing is said. None if no two numbers may differ.
-    """
-    if jax.tree.structure(actual) != jax.tree.structure(expected):
-        structures = f"{jax.tree.structure(actual)}, not {jax.tree.structure(expected)}"
-        return Failure(UNKNOWN, "structure", structures)
-    pairs = zip(named(expected), jax.tree.leaves(actual), strict=True)
-    for (where, b), a in sorted(pairs, key=lambda pair: not pair[0][0].startswith("value")):
-        kind, limit = where.split()[0], 0.0
-        if allowed is not None:
-            limit = allowed.get(where, EXACT * largest(b))
-        found = _off(a, b, limit)
-        if found:
-            detail = f"{where}: {a.dtype}{a.shape} {a.ravel()[:6]}, "
-            detail += f"not {b.dtype}{b.shape} {b.ravel()[:6]}"
-            return Failure(UNKNOWN, f"{kind} is {found}", detail, where=where, limit=limit)
-    return None
-
-
-def named(tree: Any) -> list[tuple[str, np.ndarray]]:
-    """The arrays of a pytree by their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator=" "), x) for path, x in leaves]
-
-
-def _off(a: np.ndarray, b: np.ndarray, limit: float) -> str | None:
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return "of another type"
-    a, b = wide(a), wide(b)
-    if np.isinf(limit):
-        return None
-    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
-        return "finite elsewhere"
-    finite = np.isfinite(a)
-    if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
-        return "infinite otherwise"
-    return "off" if largest(a[finite] - b[finite]) > limit else None
-
-
-def wide(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.complex128 if jnp.issubdtype(x.dtype, jnp.complexfloating) else np.float64)
-
-
-def largest(x: np.ndarray) -> float:
-    """The largest magnitude of the finite entries."""
-    sizes = np.abs(wide(np.asarray(x)))
-    return float(np.max(sizes, initial=0.0, where=np.isfinite(sizes)))
+# --- what rounding explains ---
 
 
 def _allowed(network: Network, text: str, expected: Any) -> dict[str, float]:
@@ -201,16 +136,8 @@ def _allowed(network: Network, text: str, expected: Any) -> dict[str, float]:
         if other is None:
             return dict.fromkeys(limits, np.inf)
         for (name, x), y in zip(named(expected), jax.tree.leaves(other), strict=True):
-            limits[name] += factor * _apart(x, y)
+            limits[name] += factor * apart(x, y)
     return limits
-
-
-def _apart(x: np.ndarray, y: np.ndarray) -> float:
-    """How far two roundings of one array are apart; infinite if they are different numbers."""
-    if x.shape != y.shape or not np.array_equal(np.isfinite(wide(x)), np.isfinite(wide(y))):
-        return np.inf
-    both = np.isfinite(wide(x))
-    return largest(wide(x)[both] - wide(y)[both])
 
 
 def _rounded(network: Network, text: str) -> tuple[float, float, list[Any]]:
@@ -231,7 +158,8 @@ def _crash(check: Check, error: BaseException) -> Failure | None:
     if isinstance(error, fcjax.FrontContributionError) and any(r in str(error) for r in REFUSED):
         return None
     kind = "slow" if isinstance(error, TooSlow) else type(error).__name__
-    return Failure(check, f"{kind} in {_line(error)}", str(error).split("\n")[0][:300])
+    first_line = str(error).split("\n")[0]
+    return Failure(check, Difference(f"{kind} in {_line(error)}", first_line[:300]))
 
 
 def _line(error: BaseException) -> str:

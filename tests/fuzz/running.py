@@ -36,8 +36,8 @@ class Found:
 
     def __str__(self) -> str:
         again = f"python -m tests.fuzz {self.family} 1 {self.seed}"
-        what = f"{self.failure.check.name}: {self.failure.kind}"
-        return f"{what}\n{self.failure.detail}\n{again}\n\n{self.text()}"
+        what = f"{self.failure.check.name}: {self.failure.found.kind}"
+        return f"{what}\n{self.failure.found.detail}\n{again}\n\n{self.text()}"
 
     def text(self) -> str:
         """The program with the comparison that fails, as Python that needs fcjax alone."""
@@ -69,7 +69,7 @@ def smallest(found: Found, seconds: float, patience: float = SHRINKING) -> Found
     def fails(program: Program) -> bool:
         checks = [c for c in family.checks(program.settings) if c.name == found.failure.check.name]
         now = failure(network(program), checks[0], seconds)
-        if now is None or now.kind != found.failure.kind:
+        if now is None or now.found.kind != found.failure.found.kind:
             return False
         last.append(now)
         return True
@@ -82,7 +82,7 @@ def by_kind(found: list[Found]) -> dict[str, list[Found]]:
     """Failures that may have one cause, the most frequent first."""
     kinds: dict[str, list[Found]] = collections.defaultdict(list)
     for one in found:
-        kinds[one.failure.kind].append(one)
+        kinds[one.failure.found.kind].append(one)
     return dict(sorted(kinds.items(), key=lambda item: -len(item[1])))
 
 
@@ -104,15 +104,15 @@ np.testing.assert_allclose(found(actual), found(expected), rtol=0, atol={limit:.
 CRASH = "{measure}(({make})(f, p, args), args)"
 
 
-def printed(found: Failure) -> str:
+def printed(failure: Failure) -> str:
     """The comparison that fails, with what it calls."""
-    given = {"make": found.check.make, "measure": found.measure, "then": ""}
-    if found.check.way == "compiled":
+    given = {"make": failure.check.make, "measure": failure.measure, "then": ""}
+    if failure.check.way == "compiled":
         given["then"] = "from fcjax.numbers.interpreter import values_of\n"
-    if not found.measure:
-        text = f"{found.check.make}(f, p, args)"
-    elif found.where:
-        text = COMPARED.format(**given, where=found.where, limit=found.limit)
+    if not failure.measure:
+        text = f"{failure.check.make}(f, p, args)"
+    elif failure.found.where:
+        text = COMPARED.format(**given, where=failure.found.where, limit=failure.found.limit)
     else:
         text = CRASH.format(**given)
     return f"{text}\n"
