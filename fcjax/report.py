@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+import jax
 import numpy as np
 
 from fcjax.expressions.terms import Expr
@@ -106,8 +107,11 @@ class _Findings:
         self.hoisted: dict[str, str] = {}
         self.read: set[str] = set()
         self.boundaries: dict[str, set[str]] = {}
+        self.refuted: set[str] = set()
         for inner, own in walk(plan, origins):
             self._gather(inner, own)
+            for declined in plan.refuted:
+                self.refuted.update(*(own.get(v, set()) for v in declined.leaves))
 
     def _gather(self, plan: Plan, names: Origins) -> None:
         for recipe in plan.recipes.values():
@@ -166,6 +170,8 @@ class _Findings:
         """Why the leaf is where it is, in one sentence."""
         if path in self.hoisted:
             return f"part of one effective table: {self.hoisted[path]}"
+        if path in self.refuted:
+            return "kept as written: a check on numbers refuted what would have replaced it"
         if path in self.collapsed:
             partners = self._listed(self.collapsed[path])
             return f"part of one {f'segment with {partners}' if partners else 'effective weight'}"
@@ -256,7 +262,21 @@ def text(plan: Plan, reduction: Reduction) -> str:
         chosen = [row for row in listed if row.rule in rules and row.exactness != "flow"]
         if chosen:
             sections.append(["", title, *_listed(chosen, names)])
+    if plan.refuted:
+        sections.append(_refuted(plan))
     return "\n".join(itertools.chain(*sections))
+
+
+def _refuted(plan: Plan) -> list[str]:
+    """What a check found, with what is needed to find the fault."""
+    lines = [
+        "",
+        "left as written because a check on numbers refuted a rewrite, which is a fault of fcjax;",
+        f"please report it with these lines (jax {jax.__version__})",
+    ]
+    for declined in plan.refuted:
+        lines += [f"  {declined.reason}", *(f"    {row}" for row in declined.program.split("\n"))]
+    return lines
 
 
 def _exact_for(reduction: Reduction) -> str:

@@ -1,5 +1,6 @@
 """``front_contribute``: the library's one transform, and the object it returns."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -26,8 +27,9 @@ from fcjax.rules.rewrite import rewritten
 from fcjax.running.program import Program
 from fcjax.tracing import axes, trace
 from fcjax.tracing.calls import Call
-from fcjax.tracing.final import before_final
+from fcjax.tracing.final import hidden_leaves
 from fcjax.tracing.trace import Body, Kind
+from fcjax.validation.plans import validated
 
 __all__ = ["FrontContribution", "front_contribute"]
 
@@ -464,7 +466,11 @@ class FrontContribution:
     ) -> "_Compiled":
         """The plan; what ``original`` costs, the network by default, is its price as written."""
         if self._reduction.is_trivial:
-            return _Compiled(network, hoisting.planned(network, self.objective), out_structure)
+            ways = (hoisting.planned, plan, functools.partial(plan, streams=False))
+            planned = validated(
+                network.body, [functools.partial(make, network, self.objective) for make in ways]
+            )
+            return _Compiled(network, planned, out_structure)
         reduced = network
         if self._products:
             reduced = with_products(reduced, self._products, self.paths)
@@ -554,7 +560,8 @@ def _tree(params: PyTree) -> Tree:
 
 
 def _require_folded(fc: FrontContribution) -> None:
-    left = [fc.paths[i] for i in before_final(fc.plan.body, fc.plan.known, len(fc.paths))]
+    kinds = [fc.plan.known[value] for value in fc.plan.body.inputs]
+    left = [fc.paths[i] for i in hidden_leaves(fc.plan.body, kinds, len(fc.paths))]
     if left:
         sizes = {row.path: math.prod(row.reduced_shape or ()) for row in fc.report}
         reasons = {fc.paths[leaf]: reason for leaf, reason in fc._reduction.reasons.items()}

@@ -24,6 +24,8 @@ __all__ = ["aligned", "aligned_axes", "broadcast", "cast", "refine", "reshape", 
 
 def refine(a: Axis, b: Axis) -> tuple[dict[Label, Axis], dict[Label, Axis]]:
     """Splits two axes of one size into common labels, outermost first."""
+    if not all(label.size for label in (*a, *b)):
+        raise Unrepresentable("an axis without entries")
     parts_a: dict[Label, list[Label]] = {label: [] for label in a}
     parts_b: dict[Label, list[Label]] = {label: [] for label in b}
     left_a, left_b = [(x, x.size) for x in reversed(a)], [(x, x.size) for x in reversed(b)]
@@ -110,7 +112,8 @@ def cast(expr: Expr, dtype: Any) -> Expr:
 
 def _holds(wide: Any, narrow: Any) -> bool:
     """Whether every number of one float dtype is one of the other."""
-    return jnp.promote_types(wide, narrow) == wide
+    a, b = jnp.finfo(wide), jnp.finfo(narrow)
+    return bool(a.nmant >= b.nmant and a.maxexp >= b.maxexp and a.minexp <= b.minexp)
 
 
 def _is_unrounded(expr: Expr) -> bool:

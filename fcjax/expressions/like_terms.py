@@ -44,7 +44,7 @@ def _precision_rank(precision: lax.Precision | None) -> int:
 def _merge_like(terms: tuple[Term, ...], free: frozenset[Label]) -> tuple[Term, ...]:
     """Adds up the scales of terms that are the same but for the names of bound labels."""
     if len(terms) < 2:
-        return terms
+        return tuple(term for term in terms if term.scale != 0.0)
     merged: dict[Hashable, Term] = {}
     for term in terms:
         key = term_key(term, free)

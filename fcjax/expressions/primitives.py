@@ -158,13 +158,18 @@ def _reduce_sum(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
 
 @register("dot_general")
 def _dot_general(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
-    wanted = eqn.params.get("preferred_element_type")
-    if wanted is not None and wanted != operands[0].dtype:
-        raise Unrepresentable("a product that accumulates in another dtype")
+    _refuse_mixed(operands, eqn)
     contracting, batch = eqn.params["dimension_numbers"]
     lhs, rhs = operands
     result = algebra.contract(lhs, rhs, contracting, batch)
     return like_terms.at_least(result, precision_of(eqn))
+
+
+def _refuse_mixed(operands: Sequence[Expr], eqn: JaxprEqn) -> None:
+    """Checks that a product is of one dtype; jax also multiplies integers with floats."""
+    made: Any = eqn.outvars[0].aval
+    if any(operand.dtype != made.dtype for operand in operands):
+        raise Unrepresentable("a product that accumulates in another dtype")
 
 
 def has_precision(eqn: JaxprEqn) -> bool:
@@ -195,9 +200,7 @@ def _is_zero(expr: Expr) -> bool:
 @register("conv_general_dilated")
 def _convolution(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     """Unfolds the axes of space, then contracts taps and channels with the kernel."""
-    wanted = eqn.params.get("preferred_element_type")
-    if wanted is not None and wanted != operands[0].dtype:
-        raise Unrepresentable("a product that accumulates in another dtype")
+    _refuse_mixed(operands, eqn)
     specs = eqn.params["dimension_numbers"]
     rows, kernel = map(layout.transpose, operands, specs[:2])
     rows, groups = _grouped(rows, eqn)

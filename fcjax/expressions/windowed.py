@@ -140,13 +140,19 @@ def resolved(term: Term, free: frozenset[Label]) -> Term:
     """Sums over the labels that windows determine.
 
     What stays is a window whose value is zero outside of what it reads, and taps of kernels.
+
+    Raises:
+      Unrepresentable: if something else carries an axis that a window puts something into.
     """
-    for step in (_located, _cut, _met):
+    for step in (_located, _inside, _cut, _met):
         for window in term.windows:
             for label, _ in window.steps:
                 new = step(term, window, label, free)
                 if new is not None:
                     return resolved(new, free)
+    placed = [x for w in term.windows if len(w.steps) == 2 for x in w.labels & free]
+    if any(not f.labels.isdisjoint(placed) for f in term.factors):
+        raise Unrepresentable("a factor along an axis that something is put into")
     return term
 
 
@@ -187,6 +193,25 @@ def _sliced(
         return tuple(f.rename({label: new}) for f in factors)
     view = (start, start + step * (count - 1) + 1, step)
     return tuple(_slice_factor(f, label, new, view) for f in factors)
+
+
+def _inside(term: Term, window: Window, label: Label, free: frozenset[Label]) -> Term | None:
+    """Leaves out what a window puts outside of an axis of the value."""
+    others = [x for x in window.labels if x is not label]
+    if label in free or len(others) != 1 or others[0] not in free:
+        return None
+    (out,) = others
+    start, count = windows.inside(
+        window.by(label), label.size, window.by(out), out.size, window.offset
+    )
+    if count == label.size:
+        return None
+    if not count:
+        return Term(0.0, ())
+    new: Axis = (Label(count),) if count > 1 else ()
+    factors = _sliced(term.factors, label, start, 1, new)
+    moved = [w.where(label, start, 1, new) if label in w.labels else w for w in term.windows]
+    return Term(term.scale, factors, tuple(moved))
 
 
 def _cut(term: Term, window: Window, label: Label, free: frozenset[Label]) -> Term | None:

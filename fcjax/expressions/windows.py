@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["always_solved", "as_view", "joins_exactly", "tap_grid", "values"]
+__all__ = ["always_solved", "as_view", "inside", "joins_exactly", "tap_grid", "values"]
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 Steps = Iterable[tuple[int, int]]
@@ -92,6 +92,21 @@ def as_view(by: int, size: int, other: int, count: int, offset: int) -> tuple[in
     start, step = -offset // by, -other // by
     inside = start >= 0 and start + step * (count - 1) < size
     return (start, step) if step > 0 and inside else None
+
+
+def inside(by: int, size: int, other: int, count: int, offset: int) -> tuple[int, int]:
+    """Which p of ``by * p + other * q + offset == 0`` have their q among ``0, ..., count - 1``.
+
+    Returns:
+      the first, and how many there are in a row; some of them may have no q at all.
+
+    Example:
+      >>> inside(2, 4, -1, 5, -1)  # q = 2 p - 1 is -1, 1, 3, 5
+      (1, 2)
+    """
+    q = -(by * np.arange(size) + offset) / other
+    (found,) = np.nonzero((q >= 0) & (q <= count - 1))
+    return (int(found[0]), len(found)) if len(found) else (0, 0)
 
 
 def tap_grid(positions: Iterable[Integers]) -> tuple[int, int, int]:

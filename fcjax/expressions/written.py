@@ -8,7 +8,7 @@ are computed, and what reads them sees them as leaves.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ class Written:
       nested: for the numbers of equations with bodies of their own, those.
       runs: how often the body runs in one training step.
       forced: roots that their equations no longer compute, because their shapes were reduced.
+      less_mean: roots that stand for what they are less its mean over an axis; see ``streams``.
     """
 
     body: Body
@@ -56,6 +57,7 @@ class Written:
     nested: dict[int, tuple["Written", ...]]
     runs: float = 1
     forced: frozenset[Value] = frozenset()
+    less_mean: Mapping[Value, int] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def products(self) -> dict[Value, Expr]:
@@ -185,17 +187,21 @@ class _Reader:
                 self._compute(made_value)
 
     def _shifts(self, equation: Equation) -> bool:
-        """Whether a number is added to something that depends on no parameter.
+        """Whether a number, or a constant to constants, is added to what no parameter is part of.
 
         Nothing is gained by looking through such a sum, and it may cancel: random numbers,
-        ``(bits - 1) * 2 - 1``, would lose their last digits.
+        ``(bits - 1) * 2 - 1``, and masks, ``s - 1e9 * (1 - m)``, would lose their last digits.
         """
+        if equation.name not in ("add", "sub"):
+            return False
         data = [v for v in equation.values if self.known[v].of != "const"]
+        if not data:
+            return True
         alone = len(data) == 1 and data[0] not in self.made_of_params
         alone = alone and not self.known[data[0]].trainable  # what a loop carries, for one
         added = [a for a in equation.inputs if a not in data]
         numbers = all(math.prod(a.aval.shape) == 1 for a in added)  # type: ignore[union-attr]
-        return alone and bool(added) and numbers and equation.name in ("add", "sub")
+        return alone and bool(added) and numbers
 
     def _cut_products(self, equation: Equation) -> None:
         """Makes roots of products that are summed, joined, or added where one could do for both."""

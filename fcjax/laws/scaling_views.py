@@ -61,10 +61,10 @@ def _broadcast(reading: Reading, equation: Equation) -> None:
 
 @register("reshape", "expand_dims")
 def _reshape(reading: Reading, equation: Equation) -> None:
-    if equation.source.params.get("dimensions") is not None and equation.name == "reshape":
+    taken, made = equation.inputs[0], result(equation)
+    if equation.source.params.get("dimensions") is not None or 0 in made.shape:
         boundary(reading, equation)
         return
-    taken, made = equation.inputs[0], result(equation)
     if reading.is_zero(taken):
         reading.zeros.add(made)
     elif isinstance(taken, Value):

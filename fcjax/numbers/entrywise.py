@@ -159,7 +159,6 @@ _register(
         "shift_left": lambda a, b: np.left_shift(a, b),
         "shift_right_arithmetic": lambda a, b: np.right_shift(a, b),
         "copy": np.asarray, "copy_p": np.asarray, "stop_gradient": _real(np.asarray),
-        "optimization_barrier": np.asarray,
     }
 )  # fmt: skip
 _register(
@@ -252,15 +251,32 @@ def _unrounded(array: Array, dtype: Any) -> Array:
 
 @rule("reduce_precision")
 def _reduced(params: Params, x: Numbers) -> Numbers:
-    known = {(8, 7): jnp.bfloat16, (5, 10): jnp.float16, (8, 23): jnp.float32}
-    as_dtype = known[params["exponent_bits"], params["mantissa_bits"]]
-    return combined(lambda a: rounded(a, as_dtype), [x])
+    if not x.run.rounds:
+        return x
+    bits, exponents = params["mantissa_bits"], params["exponent_bits"]
+    return combined(lambda a: _in_parts(a, lambda b: _fewer_bits(b, bits, exponents)), [x])
+
+
+def _fewer_bits(array: Array, mantissa: int, exponent: int) -> Array:
+    """Numbers of so many bits: the nearest, infinite if too large, zero if too small."""
+    digits, power = np.frexp(array)
+    made = np.ldexp(np.round(np.ldexp(digits, mantissa + 1)), power - mantissa - 1)
+    largest = 2 ** (exponent - 1)
+    made = np.where(np.abs(made) >= 2.0**largest, np.copysign(np.inf, array), made)
+    return np.where(np.abs(made) < 2.0 ** (2 - largest), np.copysign(0.0, array), made)
+
+
+@rule("optimization_barrier")
+def _barrier(params: Params, *arrays: Numbers) -> list[Numbers]:
+    return list(arrays)
 
 
 def _cast(array: Array, old: Any, new: Any, narrower: Function) -> Array:
     floats = [jnp.issubdtype(d, jnp.floating) for d in (old, new)]
     if all(floats):
-        return array if jnp.promote_types(old, new) == new else narrower(array, new)
+        held = jnp.finfo(new).nmant >= jnp.finfo(old).nmant
+        held = held and jnp.finfo(new).maxexp >= jnp.finfo(old).maxexp
+        return array if held else narrower(array, new)
     if jnp.issubdtype(new, jnp.complexfloating):
         return array.real.astype(np.complex128) if floats[0] else array.astype(np.complex128)
     array = array.real if np.iscomplexobj(array) else array
@@ -281,9 +297,11 @@ def rounded(array: Array, dtype: Any) -> Array:
     if np.dtype(dtype) == np.float64:
         return array
 
-    def nearest(x: Array) -> Array:
-        return x.astype(dtype).astype(np.float64)
+    return _in_parts(array, lambda x: x.astype(dtype).astype(np.float64))
 
+
+def _in_parts(array: Array, nearest: Function) -> Array:
+    """What rounds numbers, and the derivatives that they carry."""
     with np.errstate(all="ignore"):
         if np.iscomplexobj(array):
             return nearest(array.real) + 1j * STEP * nearest(array.imag / STEP)

@@ -191,7 +191,7 @@ def _unsliced(rows: Factor, seen: tuple[Seen, ...]) -> tuple[Factor, tuple[Seen,
     axes, slices = list(rows.axes), list(rows.slices)
     for axis, cut in enumerate(rows.slices):
         labels, size = rows.axes[axis], rows.leaf.shape[axis]
-        if cut is None or not labels or goes_round(cut, size):
+        if cut is None or len(labels) != 1 or goes_round(cut, size):
             continue
         whole = through(cut, size, found[labels[0]])
         if whole is not None:

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Literal
 
 from fcjax.clusters import Clusters
@@ -30,7 +30,7 @@ from fcjax.planning.squares import square_in
 from fcjax.planning.streams import centred
 from fcjax.tracing.trace import Body, Equation, Kind, Value
 
-__all__ = ["Change", "Plan", "always_fold", "plan"]
+__all__ = ["Change", "Plan", "Refutation", "always_fold", "plan"]
 
 MARGIN = 0.02
 """A rewrite must be cheaper than what it replaces by this fraction, the model's own doubt."""
@@ -96,6 +96,23 @@ class Change:
 
 
 @dataclasses.dataclass(frozen=True)
+class Refutation:
+    """A rewrite that numbers refute, so that it is not part of the plan; see ``validation``.
+
+    Attributes:
+      values: what it computed.
+      leaves: the arrays that it computed these from.
+      reason: how it was found to be wrong.
+      program: what the network says these values are, as a jaxpr.
+    """
+
+    values: tuple[Value, ...]
+    leaves: tuple[Value, ...]
+    reason: str
+    program: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """How a body is computed.
 
@@ -110,6 +127,8 @@ class Plan:
       bases: the expressions of the roots of the network as written.
       boundaries: the equations that are no sums of einsum terms.
       runs: how often the body runs in one training step.
+      less_mean: values that are computed less their mean over an axis, which nobody sees.
+      refuted: rewrites that were declined because numbers refute them.
     """
 
     body: Body
@@ -122,6 +141,21 @@ class Plan:
     before: Cost
     after: Cost
     runs: float
+    less_mean: Mapping[Value, int] = dataclasses.field(default_factory=dict)
+    refuted: tuple[Refutation, ...] = ()
+
+    def without(self, values: Set[Value]) -> "Plan":
+        """The plan without the changes that compute any of these values."""
+        taken = [c for c in self.changes if c.taken]
+        dropped = [c for c in taken if not values.isdisjoint(c.roots)]
+        gone = {root for change in dropped for root in change.roots}
+        changes = tuple(
+            dataclasses.replace(c, taken=False) if c in dropped else c for c in self.changes
+        )
+        saved = sum((c.before + c.after * -1.0 for c in dropped), Cost())
+        recipes = {v: how for v, how in self.recipes.items() if v not in gone}
+        after = self.after + saved
+        return dataclasses.replace(self, recipes=recipes, changes=changes, after=after)
 
     @functools.cached_property
     def is_trivial(self) -> bool:
@@ -134,6 +168,8 @@ def plan(
     network: Written,
     objective: Objective = "time",
     original: Written | None = None,
+    *,
+    streams: bool = True,
 ) -> Plan:
     """Plans how to compute a body.
 
@@ -142,17 +178,18 @@ def plan(
       objective: what a rewrite must save.
       original: the body before its shapes were reduced, if they were, whose price counts as the
         price as written.
+      streams: whether residual streams may be kept less their mean.
     """
     originals = original.nested if original is not None else {}
     nested = {
         i: tuple(
-            plan(inner, objective, before)
+            plan(inner, objective, before, streams=streams)
             for inner, before in zip(bodies, originals.get(i, itertools.repeat(None)), strict=False)
         )
         for i, bodies in network.nested.items()
     }
     found = _planned(network, nested, objective, original)
-    other = None if math.isinf(network.runs) else centred(network)
+    other = centred(network) if streams and not math.isinf(network.runs) else None
     if other is None:
         return found
     less_means = _planned(other, nested, objective, original or network)
@@ -189,6 +226,7 @@ def _planned(
         sum((p.before * p.runs for p in plans), before),
         sum((p.after * p.runs for p in plans), after),
         network.runs,
+        network.less_mean,
     )  # fmt: skip
 
 

@@ -52,7 +52,9 @@ def centred(network: Written) -> Written | None:
         return None
     if not changed:
         return None
-    return dataclasses.replace(network, roots=roots, forced=network.forced | changed)
+    return dataclasses.replace(
+        network, roots=roots, forced=network.forced | changed, less_mean=members
+    )
 
 
 def streams(network: Written) -> list[Stream]:

@@ -34,9 +34,10 @@ def convolve(
     if any(g.spread == 1 and g.stride * (g.out.size - 1) >= g.read.size for g in grids):
         # Where more is made than is read, XLA on a CPU takes 40 times as long for the gradient of
         # the kernel (jax 0.10.1 and 0.12), unless the rows are padded by themselves.
-        edges = [(0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)]
+        first = [p if g.spread == 1 else (0, 0) for p, g in zip(pads, grids, strict=True)]
+        edges = [(0, 0, 0), *((*p, 0) for p in first), (0, 0, 0)]
         rows = library(rows).pad(rows, np.zeros((), rows.dtype), edges)
-        pads = [(0, 0)] * n
+        pads = [(0, 0) if g.spread == 1 else p for p, g in zip(pads, grids, strict=True)]
     order = (0, n + 1, *range(1, n + 1))
     numbers = lax.ConvDimensionNumbers(order, (n + 1, n, *range(n)), order)
     return library(rows, kernel).conv_general_dilated(

@@ -1,6 +1,7 @@
 """Arrays with labelled axes, and their products."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -81,8 +82,7 @@ def pair(a: Named, b: Named, keep: frozenset[Label], expr: Expr) -> Named:
     data = a.data or b.data
     dtype = met(b, expr)
     if not data:  # weights keep the wider of the dtypes they are stored and used in
-        wide = jnp.promote_types(a.array.dtype, b.array.dtype)
-        dtype = jnp.promote_types(jnp.promote_types(expr.dtype, wide), jnp.float32)
+        dtype = _widest(expr.dtype, a.array.dtype, b.array.dtype, np.dtype(np.float32))
     x, y = a.array.astype(dtype), b.array.astype(dtype)
     shared = [label for label in a.labels if label in b.labels]
     contracted = [label for label in shared if label not in keep]
@@ -110,7 +110,12 @@ def met(weight: Named, expr: Expr) -> Any:
     though none of its factors is, so it meets the data as it was formed.
     """
     narrow = expr.dtype == jnp.float16 and not weight.data
-    return jnp.promote_types(expr.dtype, weight.array.dtype) if narrow else np.dtype(expr.dtype)
+    return _widest(expr.dtype, weight.array.dtype) if narrow else np.dtype(expr.dtype)
+
+
+def _widest(*dtypes: Any) -> Any:
+    """The dtype that holds all of these, of which numbers of 8 bits have no common one in jax."""
+    return functools.reduce(jnp.promote_types, [d for d in dtypes if np.dtype(d).itemsize > 1])
 
 
 def ordered(value: Named, labels: tuple[Label, ...]) -> Any:

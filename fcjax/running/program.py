@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,6 +61,20 @@ class Program:
         env = self._run(self.steps, inputs, constants, formed)
         return [env[a] if isinstance(a, Value) else a.val for a in self.plan.body.outputs]
 
+    def computed(self, value: Value, env: Mapping[Value, Any], *, ahead: bool = False) -> Any:
+        """One of the values with a recipe, as the steps compute it.
+
+        Args:
+          value: the value.
+          env: the arrays of all other values.
+          ahead: whether what is the same in every run of the body is formed before it.
+        """
+        recipe = self.plan.recipes[value]
+        formed = {value: form(recipe, env)} if ahead else {}
+        first = next((k for k, g in self.squares.items() if value in dict(g)), value)
+        formed = self._with_squares(first, env, formed)
+        return evaluate(recipe, env, formed.get(value, {}))
+
     def prologue(self, inputs: Sequence[Any], constants: Sequence[Any]) -> dict[Value, Formed]:
         """The effective weights that are the same in every run of the body."""
         segments = [step for step in self.steps if isinstance(step, Segment)]
@@ -103,7 +117,7 @@ class Program:
         return {group[0][0]: group for group in groups.values() if len(group) > 1}
 
     def _with_squares(
-        self, value: Value, env: Env, formed: dict[Value, Formed]
+        self, value: Value, env: Mapping[Value, Any], formed: dict[Value, Formed]
     ) -> dict[Value, Formed]:
         group = self.squares.get(value, [])
         found = mean_squares([(self.plan.recipes[v], i) for v, i in group], env) if group else []

@@ -298,4 +298,5 @@ def _scan_body(of: Sequence[Kind], params: dict[str, Any]) -> Inner:
     trainable = any(kind.trainable for kind in of)
     carries = [Kind("data", trainable, invariant=False)] * num_carry
     slices = [dataclasses.replace(kind, invariant=False) for kind in of[num_consts + num_carry :]]
-    return Inner(params["jaxpr"], (*constants, *carries, *slices), params["length"])
+    runs = max(params["length"], 1)  # prices are per run, also of a loop that never runs
+    return Inner(params["jaxpr"], (*constants, *carries, *slices), runs)

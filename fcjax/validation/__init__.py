@@ -1,0 +1,1 @@
+"""Checking on random numbers that what a plan computes is what the network says."""
