@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_ENABLE_X64", "1")
+from .. import conftest  # noqa: F401 (sets JAX up as for the tests)
 
 COMMAND = "python -m tests.fuzz"
 

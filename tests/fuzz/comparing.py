@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import re
 import signal
 import traceback
 from collections.abc import Iterator
@@ -157,9 +158,10 @@ def _rounded(network: Network, text: str) -> tuple[float, float, list[Any]]:
 def _crash(check: Check, error: BaseException) -> Failure | None:
     if isinstance(error, fcjax.FrontContributionError) and any(r in str(error) for r in REFUSED):
         return None
-    kind = "slow" if isinstance(error, TooSlow) else type(error).__name__
     first_line = str(error).split("\n")[0]
-    return Failure(check, Difference(f"{kind} in {_line(error)}", first_line[:300]))
+    kind = "slow" if isinstance(error, TooSlow) else type(error).__name__
+    what = re.sub(r"\W*\d\S*", "", first_line) if kind == "RefutedError" else f"in {_line(error)}"
+    return Failure(check, Difference(f"{kind} {what}", first_line[:300]))
 
 
 def _line(error: BaseException) -> str:
