@@ -19,7 +19,7 @@ import numpy as np
 
 import fcjax
 
-from . import claims, making, measures
+from . import claims, law_claims, making, measures
 from .differences import EXACT, Difference, apart, difference, largest, named
 from .evaluating import Way, evaluating
 from .making import plain
@@ -112,7 +112,10 @@ def _compared(
 
 def _evaluated(text: str, network: Network) -> Any:
     """A check or a measure, which may name what the network's text defines."""
-    return eval(text, {**vars(making), **vars(measures), **vars(claims), **network.space})
+    space: dict[str, Any] = {}
+    for module in (making, measures, claims, law_claims):
+        space |= vars(module)
+    return eval(text, space | network.space)
 
 
 @functools.lru_cache(maxsize=8)
@@ -173,7 +176,7 @@ def _line(error: BaseException) -> str:
 
 
 def _is_ours(filename: str) -> bool:
-    return Path(fcjax.__file__).parent in Path(filename).parents or "claims.py" in filename
+    return Path(fcjax.__file__).parent in Path(filename).parents or "claims" in Path(filename).stem
 
 
 class TooSlow(Exception):  # noqa: N818

@@ -58,9 +58,14 @@ def values_of(fn: Callable[..., Any], *args: Any) -> Any:
 def compiled(fn: Callable[..., Any], *args: Any) -> Any:
     """The values by XLA."""
     with contextlib.redirect_stdout(io.StringIO()):  # networks may print
-        found = jax.jit(fn).lower(*args).compile(FAST_TO_COMPILE)(*args)
+        found = executable(fn, *args)(*args)
         jax.effects_barrier()
     return jax.tree.map(np.asarray, found)
+
+
+def executable(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """The function compiled for arguments like these."""
+    return jax.jit(fn).lower(*args).compile(FAST_TO_COMPILE)
 
 
 def narrow_types(jaxpr: Any) -> set[Any]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from types import CodeType, ModuleType
 
-from . import claims, helpers, hidden, making, measures
+from . import claims, helpers, hidden, law_claims, making, measures
 from .dtypes import DTYPES
 
 IMPORTS = {
@@ -29,6 +29,10 @@ IMPORTS = {
     "compat": "from fcjax import compat",
     "always_fold": "from fcjax.planning.plan import always_fold",
 }
+EXECUTABLE = """\
+def executable(fn, *args):
+    return jax.jit(fn)
+"""
 VALUES_OF = """\
 def values_of(fn, *args):
     return jax.tree.map(np.asarray, jax.jit(fn)(*args))
@@ -53,8 +57,8 @@ def standing_alone(text: str, check: str) -> str:
 
 def needed(text: str) -> list[str]:
     """The definitions of this package that a text needs, and those that these need."""
-    known = {"values_of": VALUES_OF}
-    for module in (helpers, measures, making, hidden, claims):
+    known = {"values_of": VALUES_OF, "executable": EXECUTABLE}
+    for module in (helpers, measures, making, hidden, claims, law_claims):
         known |= definitions(module)
     found: set[str] = set()
     frontier = [text]
