@@ -74,8 +74,9 @@ class _Drawer:
         steps += self._steps(writer, int(self.rng.integers(low, high + 1)))
         last = [s.name for s in steps if writer.values[s.name].floats][-1:] or [steps[-1].name]
         outputs = [steps[-1].name] if self.rng.random() < 0.7 else last
+        arrays = [s.name for s in steps if writer.values[s.name].number is None]
         if self.rng.random() < 0.2:
-            outputs.append(str(self.rng.choice([s.name for s in steps])))
+            outputs.append(str(self.rng.choice(arrays)))
         settings = {n: d.draw(self.rng, 0.0) for n, d in self.palette.settings.items()}
         return Program(tuple(steps), tuple(dict.fromkeys(outputs)), settings, seed)
 
