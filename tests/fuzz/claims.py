@@ -47,7 +47,9 @@ def consistent(fc, p, args, *, rebalanced=False):
     moved = jax.tree.map(lambda w: w * 1.01, fc.params)
     (begun, first, _), (full, written, folded) = (values_of(run, q) for q in (fc.params, moved))
     assert jax.tree.map(jnp.shape, begun) == jax.tree.map(jnp.shape, p), "shapes"
-    assert rebalanced or gap(begun, p) < 1e-10, "expand is not what was given"
+    # Laws determine squares: of a weight that is small beside the others half the digits are lost.
+    digits = 1e-7 if any(row.exactness == "approximate" for row in fc.report) else 1e-10
+    assert rebalanced or gap(begun, p) < digits, "expand is not what was given"
     wanted = values_of(lambda p: fc.apply_fn(p, *args), p)
     assert gap(first, wanted) < 1e-9, "expand has another function"
     assert gap(folded, written) < 1e-9, "expand after a step has another function"
