@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from fcjax import check, compat
 from fcjax import report as reporting
-from fcjax.errors import NotFoldableError
+from fcjax.errors import NotFoldableError, RefutedError
 from fcjax.expressions.written import Written, written
 from fcjax.laws.certificate import Certificate, of_network
 from fcjax.names import path_name
@@ -29,7 +30,8 @@ from fcjax.tracing import axes, trace
 from fcjax.tracing.calls import Call
 from fcjax.tracing.final import hidden_leaves
 from fcjax.tracing.trace import Body, Kind
-from fcjax.validation.plans import validated
+from fcjax.validation.plans import RAISE, validated
+from fcjax.validation.reductions import refuted_reduction
 
 __all__ = ["FrontContribution", "front_contribute"]
 
@@ -165,20 +167,42 @@ class FrontContribution:
             self._tree = self._reduction.tree
         elif exactness != "discrete":
             self._reduction = nothing(self._tree, unasked(network, self._tree, exactness))
-        if not self._reduction.is_trivial:
-            network = self._written(body, call)
-        self._example = self._planned(network, out_structure, self._given)
+        self.contributions: dict[str, Any] = {}
+        self._settle(body, call, out_structure)
         if not assumed:
             self._compiled[self._key(self._avals, call)] = self._example
-        self.contributions: dict[str, Any] = {
-            "constants": tuple(array for _, array in body.constants),
-            "frozen": self._tree.frozen,
-            **self._reduction.contributions,
-        }
         reduced = self._reduction.reduce(self._tree.leaves, self.contributions)
         self.params = jax.tree.unflatten(self._tree.structure, reduced)
         self._params_structure = jax.tree.structure(self.params)
         self._shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(self.params))
+
+    def _settle(self, body: Body, call: Call, out_structure: Any) -> None:
+        """Plans the example with the weights that were chosen, or with all if that is refuted."""
+        trivial = self._reduction.is_trivial
+        network = self._given if trivial else self._written(body, call)
+        self._example = self._planned(network, out_structure, self._given)
+        self.contributions = {
+            "constants": tuple(array for _, array in body.constants),
+            "frozen": self._tree.frozen,
+            **self._reduction.contributions,
+        }
+        answer = self._refuted(self._example.plan, body, call.arrays)
+        if answer is not None:
+            changed = [leaf for leaf in range(len(self.paths)) if self._reduction.rule(leaf)]
+            self._reduction = nothing(self._tree, dict.fromkeys(changed, answer))
+            self._settle(body, call, out_structure)
+
+    def _refuted(self, planned: Plan, body: Body, arguments: Sequence[Any]) -> str | None:
+        """Why the reduced weights do not stand for all, if a check on numbers finds that."""
+        if self._reduction.is_trivial:
+            return None
+        found = refuted_reduction(body, planned, self._reduction, self.contributions, arguments)
+        if found is not None and os.environ.get(RAISE):
+            raise RefutedError(f"a reduction of weights is wrong: {found}")
+        return found and (
+            "trained as written, because a check on numbers refuted what would replace it "
+            f"({found}): a fault of fcjax, please report it with this network"
+        )
 
     # --- the network ---
 

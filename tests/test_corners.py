@@ -228,6 +228,56 @@ def test_a_norm_over_space_and_channels_before_a_pooled_pointwise_map(layout, ov
     checked(fn, params, normal(6, 4, 2), forced=forced, close=1e-9)
 
 
+@both
+def test_a_gain_of_channels_before_a_pooling_that_leaves_some_out(forced):
+    def fn(p, x):
+        def pooled(y):
+            window, strides = (1, 1, 1, 2, 2), (1, 1, 2, 1, 1)
+            return lax.reduce_window(y, 0.0, lax.add, window, strides, "SAME")
+
+        return pooled(x * p) / pooled(jnp.ones_like(x))
+
+    checked(fn, normal(3, 1, 1), normal(2, 2, 3, 2, 2), forced=forced)
+
+
+@both
+def test_a_circular_convolution_beside_its_input(forced):
+    def fn(p, x):
+        y = jnp.pad(x, ((0, 0), (0, 0), (0, 1)), mode="wrap")
+        y = lax.conv_general_dilated(y.reshape(-1, 1, 3), p, (1,), "VALID")
+        return y.reshape(2, 2, 2) + x
+
+    checked(fn, normal(1, 1, 2), normal(2, 2, 2), forced=forced)
+
+
+NOTHING = {
+    "times zero": lambda p, x: (x * 0.0) @ p["w"],
+    "deviations of one": lambda p, x: (x - x.mean(0)) @ p["w"],
+    "variance of one": lambda p, x: x * lax.rsqrt(x.var(0) + 0.1) @ p["w"],
+    "less itself": lambda p, x: (x @ p["w"] - x @ p["w"]) + p["b"],
+    "cut away": lambda p, x: jnp.concatenate([x @ p["w"], 0 * x[:0] @ p["w"]])[:0],
+    "tiled": lambda p, x: jnp.tile(x @ p["w"], (2, 1)),
+    "softmax": lambda p, x: jax.nn.softmax(x, 0) @ p["w"],
+}
+
+
+@both
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("name", NOTHING)
+def test_values_of_which_nothing_is_left(name, rows, forced):
+    checked(NOTHING[name], {"w": normal(4, 2), "b": normal(2)}, normal(rows, 4), forced=forced)
+
+
+@pytest.mark.parametrize("number", [0, 2, 3, -1, -4])
+def test_a_looked_up_row_that_meets_a_function_of_itself(number):
+    def fn(p, i):
+        v = jnp.take_along_axis(p["table"], i.reshape(-1, 1), axis=0)
+        return jnp.einsum("te,td,edk->tk", jax.nn.softmax(v @ p["a"]), v, p["b"])
+
+    params = {"table": normal(3, 2), "a": normal(2, 2), "b": normal(2, 2, 2)}
+    checked(fn, params, jnp.int32(number))
+
+
 # --- sizes of 0 and 1 ---
 
 SIZES = {

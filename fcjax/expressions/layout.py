@@ -19,7 +19,16 @@ from fcjax.expressions.terms import (
     rename_dims,
 )
 
-__all__ = ["aligned", "aligned_axes", "broadcast", "cast", "refine", "reshape", "transpose"]
+__all__ = [
+    "aligned",
+    "aligned_axes",
+    "broadcast",
+    "cast",
+    "holds",
+    "refine",
+    "reshape",
+    "transpose",
+]
 
 
 def refine(a: Axis, b: Axis) -> tuple[dict[Label, Axis], dict[Label, Axis]]:
@@ -105,12 +114,12 @@ def cast(expr: Expr, dtype: Any) -> Expr:
     floats = all(jnp.issubdtype(d, jnp.floating) for d in (new, old))
     if expr.has_data or not floats:
         raise Unrepresentable("a cast of data rounds, so it stays where it is")
-    if not _holds(old, new) and not (_holds(new, old) and _is_unrounded(expr)):
+    if not holds(old, new) and not (holds(new, old) and _is_unrounded(expr)):
         raise Unrepresentable("a wider copy of rounded numbers")
     return dataclasses.replace(expr, dtype=new)
 
 
-def _holds(wide: Any, narrow: Any) -> bool:
+def holds(wide: Any, narrow: Any) -> bool:
     """Whether every number of one float dtype is one of the other."""
     a, b = jnp.finfo(wide), jnp.finfo(narrow)
     return bool(a.nmant >= b.nmant and a.maxexp >= b.maxexp and a.minexp <= b.minexp)
@@ -120,5 +129,5 @@ def _is_unrounded(expr: Expr) -> bool:
     """Whether an expression is numbers of its own dtype, without arithmetic in it."""
     made = [t for t in expr.terms if t.scale != 1.0 or len(t.factors) != 1 or t.factors[0].centred]
     summed = any(not term.labels <= expr.free for term in expr.terms)
-    held = all(_holds(expr.dtype, leaf.dtype) for leaf in expr.leaves.values())
+    held = all(holds(expr.dtype, leaf.dtype) for leaf in expr.leaves.values())
     return held and not made and not summed and len(expr.terms) < 2

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
 from fcjax.compat import JaxprEqn, Literal
@@ -158,18 +159,19 @@ def _reduce_sum(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
 
 @register("dot_general")
 def _dot_general(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
-    _refuse_mixed(operands, eqn)
     contracting, batch = eqn.params["dimension_numbers"]
-    lhs, rhs = operands
+    lhs, rhs = _of_one_dtype(operands, eqn)
     result = algebra.contract(lhs, rhs, contracting, batch)
     return like_terms.at_least(result, precision_of(eqn))
 
 
-def _refuse_mixed(operands: Sequence[Expr], eqn: JaxprEqn) -> None:
-    """Checks that a product is of one dtype; jax also multiplies integers with floats."""
+def _of_one_dtype(operands: Sequence[Expr], eqn: JaxprEqn) -> list[Expr]:
+    """The operands of a product in its dtype: jax also multiplies narrow weights with wide data."""
     made: Any = eqn.outvars[0].aval
-    if any(operand.dtype != made.dtype for operand in operands):
+    floats = all(jnp.issubdtype(operand.dtype, jnp.floating) for operand in operands)
+    if not floats or not all(layout.holds(made.dtype, operand.dtype) for operand in operands):
         raise Unrepresentable("a product that accumulates in another dtype")
+    return [layout.cast(operand, made.dtype) for operand in operands]
 
 
 def has_precision(eqn: JaxprEqn) -> bool:
@@ -200,9 +202,8 @@ def _is_zero(expr: Expr) -> bool:
 @register("conv_general_dilated")
 def _convolution(operands: Sequence[Expr], eqn: JaxprEqn) -> Expr:
     """Unfolds the axes of space, then contracts taps and channels with the kernel."""
-    _refuse_mixed(operands, eqn)
     specs = eqn.params["dimension_numbers"]
-    rows, kernel = map(layout.transpose, operands, specs[:2])
+    rows, kernel = map(layout.transpose, _of_one_dtype(operands, eqn), specs[:2])
     rows, groups = _grouped(rows, eqn)
     count = rows.shape[0]
     out, channels, *taps = kernel.shape

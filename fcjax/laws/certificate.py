@@ -19,6 +19,7 @@ import numpy as np
 
 from fcjax.clusters import Clusters
 from fcjax.laws.charges import Charges
+from fcjax.laws.invariance import invariant
 from fcjax.laws.symmetries import find
 from fcjax.laws.units import Place, Symmetry
 from fcjax.names import layer_name, short_names
@@ -109,7 +110,8 @@ def of_network(
       leaves: their values.
     """
     hidden = hidden_leaves(body, kinds, len(paths))
-    return certificate(find(body, kinds), hidden, paths, leaves)
+    found = invariant(body, find(body, kinds), leaves)
+    return certificate(found, hidden, paths, leaves)
 
 
 def certificate(

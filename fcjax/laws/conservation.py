@@ -15,6 +15,7 @@ from fcjax import check
 from fcjax.errors import FrontContributionError
 from fcjax.laws import scaling_rules, symmetries
 from fcjax.laws.certificate import Certificate, certificate, counted
+from fcjax.laws.invariance import invariant
 from fcjax.laws.units import Symmetry, quadratic
 from fcjax.names import layer_name, short_names
 from fcjax.rules.reduction import Tree
@@ -147,7 +148,7 @@ class ConservationLaws:
     def __init__(self, tree: Tree, body: Body, kinds: Sequence[Kind]) -> None:
         self._tree = tree
         self._hidden = hidden_leaves(body, kinds, len(tree.leaves))
-        found = symmetries.find(body, kinds)
+        found = invariant(body, symmetries.find(body, kinds), tree.leaves)
         starts = itertools.accumulate((s.laws for s in found), initial=0)
         names = _group_names(found, short_names(tree.paths), tree.paths)
         self.groups = tuple(map(LawGroup, names, found, starts))

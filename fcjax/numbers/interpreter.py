@@ -5,7 +5,7 @@ What has no rule here runs as jax itself runs it, on whole arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -98,6 +98,18 @@ class Interpreter:
             made = self.apply(eqn, [self._read(env, atom) for atom in eqn.invars])
             env |= dict(zip(eqn.outvars, made, strict=True))
         return [self._read(env, atom) for atom in opened.outvars]
+
+    def compute(self, equations: Iterable[Any], env: dict[Any, Value]) -> None:
+        """Evaluates the equations of a body; what they make is added to ``env``.
+
+        Args:
+          equations: ``tracing.trace.Equation``, in an order in which they can be computed.
+          env: arrays or numbers of what they read, by its values.
+        """
+        for equation in equations:
+            operands = [a.val if isinstance(a, compat.Literal) else env[a] for a in equation.inputs]
+            made = self.apply(equation.source, list(map(self.whole, operands)))
+            env.update((v, x) for v, x in zip(equation.outputs, made, strict=True) if v is not None)
 
     def _read(self, env: dict[Any, Value], atom: Any) -> Value:
         return self.whole(atom.val) if isinstance(atom, compat.Literal) else env[atom]

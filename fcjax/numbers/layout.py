@@ -257,7 +257,7 @@ def _unstack(params: Params, x: Numbers) -> list[Numbers]:
 @rule("tile")
 def _tile(params: Params, x: Numbers) -> Numbers:
     repeats = params["reps"]
-    x = _filled(x, [i for i, n in enumerate(repeats) if n > 1 and x.shape[i] % x.period.shape[i]])
+    x = _filled(x, [i for i, n in enumerate(repeats) if n > 1])
     shape = tuple(size * n for size, n in zip(x.shape, repeats, strict=True))
     return x.like(x.period, shape, x.sources)
 

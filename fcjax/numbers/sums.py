@@ -62,6 +62,9 @@ def _register_reductions(functions: dict[str, Callable[..., Any]], *, repeats: b
 def _extreme(largest: bool) -> Callable[..., Array]:
     def reduce(period: Array, axes: tuple[int, ...]) -> Array:
         real = period.real if np.iscomplexobj(period) else period
+        if not real.size:
+            kept = [n for i, n in enumerate(real.shape) if i not in axes]
+            return np.full(kept, -np.inf if largest else np.inf)
         found = (np.max if largest else np.min)(real, axes, keepdims=True)
         if real is period:
             return np.squeeze(found, axes)

@@ -107,7 +107,7 @@ def view(
     if on_weights & {label for s in seen for label in (s.label, s.out) if s.label in by_label}:
         raise Unrepresentable("weights that differ from place to place of a convolution")
     if rows is not None:
-        rows, seen = _unsliced(rows, seen)
+        rows, seen = _unsliced(rows, seen, on_weights)
     return View(rows, seen, Term(term.scale, tuple(factors)), after, kept)
 
 
@@ -185,13 +185,18 @@ def _seen(label: Label, window: Window | None, free: frozenset[Label]) -> Seen:
     return Seen(label, out[0], sign * window.by(label), stride, taps, -sign * window.offset)
 
 
-def _unsliced(rows: Factor, seen: tuple[Seen, ...]) -> tuple[Factor, tuple[Seen, ...]]:
-    """Reads the whole axis instead of a slice where that is the same."""
+def _unsliced(
+    rows: Factor, seen: tuple[Seen, ...], on_weights: frozenset[Label]
+) -> tuple[Factor, tuple[Seen, ...]]:
+    """Reads the whole axis instead of a slice where that is the same.
+
+    What is read like the weights, by the same index, keeps the index.
+    """
     found = {s.label: s for s in seen}
     axes, slices = list(rows.axes), list(rows.slices)
     for axis, cut in enumerate(rows.slices):
         labels, size = rows.axes[axis], rows.leaf.shape[axis]
-        if cut is None or len(labels) != 1 or goes_round(cut, size):
+        if cut is None or len(labels) != 1 or goes_round(cut, size) or labels[0] in on_weights:
             continue
         whole = through(cut, size, found[labels[0]])
         if whole is not None:

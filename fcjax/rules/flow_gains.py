@@ -21,6 +21,7 @@ from jax import lax
 
 from fcjax.expressions.written import Written
 from fcjax.laws import symmetries
+from fcjax.laws.invariance import invariant
 from fcjax.laws.units import Place, Symmetry
 from fcjax.rules.flow_folds import (
     Fixed,
@@ -186,7 +187,7 @@ def gain_folds(
     """
     kinds = [network.known[value] for value in network.body.inputs]
     folded, used = set(taken), set(taken)
-    for symmetry in symmetries.find(network.body, kinds):
+    for symmetry in invariant(network.body, symmetries.find(network.body, kinds), leaves):
         among = [place.leaf for place in symmetry.places]
         if not folded.isdisjoint(among) or not symmetry.is_untied:
             continue
@@ -260,7 +261,7 @@ def balanced_gains(network: Written, leaves: Sequence[Any], taken: Set[int]) -> 
     """
     made = list(leaves)
     kinds = [network.known[value] for value in network.body.inputs]
-    for symmetry in symmetries.find(network.body, kinds):
+    for symmetry in invariant(network.body, symmetries.find(network.body, kinds), leaves):
         if not symmetry.is_untied or not taken.isdisjoint(p.leaf for p in symmetry.places):
             continue
         for gain in _gains(symmetry, made)[:1]:

@@ -23,6 +23,7 @@ from jax import lax
 
 from fcjax.expressions.written import Written
 from fcjax.laws import symmetries
+from fcjax.laws.invariance import invariant
 from fcjax.laws.units import Place, Symmetry
 from fcjax.rules.flow_folds import Fixed, Leaves, described, enumerated, largest_difference
 from fcjax.tracing.final import hidden_leaves
@@ -185,7 +186,8 @@ def radial_fold(
     """
     kinds = [network.known[value] for value in network.body.inputs]
     hidden = hidden_leaves(network.body, kinds, len(names))
-    layers = [s for s in symmetries.find(network.body, kinds) if s.incoming and s.outgoing]
+    found = invariant(network.body, symmetries.find(network.body, kinds), leaves)
+    layers = [s for s in found if s.incoming and s.outgoing]
     writers: dict[int, list[Symmetry]] = {}
     for layer in layers:
         for place in layer.incoming:

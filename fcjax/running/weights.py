@@ -142,7 +142,8 @@ def _at_taps(
 ) -> Named:
     """Puts the entries of a product at a tap of a kernel, whose labels are ``kernel``."""
     own = [x for x, _ in taps.steps if x in value.labels]
-    if tap is not None and taps == Taps(tuple((x, 1) for x in own), 0) and own[0].size == tap.size:
+    plain = taps == Taps(tuple((x, 1) for x in own), 0)
+    if tap is not None and own and plain and own[0].size == tap.size:
         labels = tuple(tap if x is own[0] else x for x in value.labels)
         return dataclasses.replace(value, labels=labels)  # it is the kernel's own grid
     kept = [(x, by) for x, by in taps.steps if x in own or x in kernel]

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fcjax.numbers.drawing import Draw, apart, settled
 from fcjax.numbers.interpreter import Interpreter, Unevaluated
 from fcjax.numbers.periodic import Numbers
 from fcjax.running.program import NESTED, Nested, Program
 from fcjax.tracing.trace import Value
-from fcjax.validation.drawing import Draw, apart, settled
 
 __all__ = ["refuted_steps"]
 

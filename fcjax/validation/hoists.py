@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcjax import compat
+from fcjax.numbers.drawing import Draw, apart, settled
 from fcjax.numbers.entrywise import combined
 from fcjax.numbers.interpreter import Interpreter, Unevaluated
 from fcjax.numbers.periodic import Array, Numbers
 from fcjax.tracing.trace import Body, Equation, Value
 from fcjax.validation.bodies import CLOSE
-from fcjax.validation.drawing import Draw, apart, settled
 
 __all__ = ["refuted_hoists"]
 
@@ -38,8 +38,8 @@ def refuted_hoists(written: Body, hoisted: Body) -> str | None:
     before, after = _makers(written), _makers(hoisted)
     same = {v for v, e in before.items() if after.get(v) is e}
     wanted = [v for v in before if v in after and v not in same and _is_float(v)]
-    # what all rows share is read before or behind its repetition for them
-    same = {v for v in same if before[v].name != "broadcast_in_dim"}
+    # rows are read of the table or looked up, and what they share before or behind its repetition
+    same = {v for v in same if before[v].name not in ("gather", "broadcast_in_dim")}
     if not wanted:
         return None
     parts = [_needed(body, wanted, same) for body in (written, hoisted)]

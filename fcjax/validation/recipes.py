@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
+from fcjax.numbers.drawing import CLOSE, Draw, differ, less_mean, settled, size
 from fcjax.numbers.interpreter import Interpreter
 from fcjax.numbers.periodic import Numbers
 from fcjax.planning.parts import Linear, Recipe
 from fcjax.planning.plan import Plan
 from fcjax.running.program import Program
 from fcjax.tracing.trace import Equation, Value
-from fcjax.validation.drawing import CLOSE, Draw, differ, less_mean, settled, size
 
 __all__ = ["refuted"]
 
@@ -43,7 +44,7 @@ def _refuted(program: Program, equations: _Equations, ahead: bool) -> dict[Value
     for value in program.plan.recipes:
         expected = equations.meant(value)
         try:
-            made = program.computed(value, equations, ahead=ahead)
+            made = equations.whole(program.computed(value, equations, ahead=ahead))
         except Exception as error:
             found[value] = f"it fails with {type(error).__name__}: {error}"
             continue
@@ -105,6 +106,10 @@ class _Equations(Mapping[Value, Numbers]):
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def whole(self, array: Any) -> Any:
+        """An array that depends on nothing as numbers of the same run."""
+        return self._interpreter.whole(array)
+
     def meant(self, value: Value) -> Numbers:
         """What a value is in the plan: itself, or less its mean."""
         numbers = self._itself(value)
@@ -134,12 +139,11 @@ class _Equations(Mapping[Value, Numbers]):
         return maker if maker is not None and _says(self._plan, maker, value) else None
 
     def _evaluate(self, equation: Equation) -> None:
-        operands = [self._numbers[a] if isinstance(a, Value) else a.val for a in equation.inputs]
-        whole = [self._interpreter.whole(x) for x in operands]
-        made = self._interpreter.apply(equation.source, whole)
-        for value, numbers in zip(equation.outputs, made, strict=True):
+        made = dict(self._numbers)
+        self._interpreter.compute([equation], made)
+        for value in equation.outputs:
             if value is not None:
-                self._keep(value, numbers, [self.scale[v] for v in equation.values])
+                self._keep(value, made[value], [self.scale[v] for v in equation.values])
 
     def _keep(self, value: Value, numbers: Numbers, read: list[Scale]) -> None:
         self._numbers[value] = numbers
