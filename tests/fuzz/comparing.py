@@ -29,6 +29,8 @@ ROUNDINGS = 100
 """How many times what rounding all weights differently changes may be off beside that."""
 UNITS = 8
 """Units in the last place of the narrowest type that are no deviation."""
+DIGIT = 0.2
+"""An array of a narrow type of whose largest entry so much may be off is not compared."""
 REFUSED = ("returns nothing differentiable", "nothing to train", "stand at a saddle")
 """Networks that fcjax refuses by design."""
 
@@ -106,7 +108,7 @@ def _compared(
         return found and dataclasses.replace(found, measure=text)
     off = difference(actual, expected, None if network.narrow else {})
     if off is not None:
-        off = difference(actual, expected, _allowed(network, text, expected))
+        off = difference(actual, *_allowed(network, text, expected))
     return off and Failure(check, off, text)
 
 
@@ -131,28 +133,41 @@ def _expected(network: Network, text: str, way: Way = "fast") -> Any:
 # --- what rounding explains ---
 
 
-def _allowed(network: Network, text: str, expected: Any) -> dict[str, float]:
-    """The deviation of each array that rounding explains."""
-    unit, factor, others = _rounded(network, text)
-    floor = unit * max((largest(x) for _, x in named(expected)), default=0.0)
-    limits = {name: max(EXACT * largest(x), floor) for name, x in named(expected)}
-    for other in others:
-        if other is None:
-            return dict.fromkeys(limits, np.inf)
-        for (name, x), y in zip(named(expected), jax.tree.leaves(other), strict=True):
-            limits[name] += factor * apart(x, y)
-    return limits
-
-
-def _rounded(network: Network, text: str) -> tuple[float, float, list[Any]]:
-    """Units, a factor, and what a measure finds of the network rounded otherwise.
-
-    Twice the network's own error may be off in narrow types, and ``ROUNDINGS`` in float64.
-    """
+def _allowed(network: Network, text: str, expected: Any) -> tuple[Any, dict[str, float]]:
+    """What a result is compared with, and the deviation of each array that rounding explains."""
     if network.narrow:
-        unit = max(float(jnp.finfo(dtype).eps) for dtype in network.narrow)
-        return UNITS * unit, 2.0, [_expected(network, text, "in double")]
-    return 1e-13, ROUNDINGS, [_expected(other, text) for other in network.perturbed]
+        return _in_narrow_types(network, text, expected)
+    limits = _limits(expected, 1e-13)
+    for other in network.perturbed:
+        _add(limits, ROUNDINGS, expected, _expected(other, text))
+    return expected, limits
+
+
+def _in_narrow_types(network: Network, text: str, expected: Any) -> tuple[Any, dict[str, float]]:
+    """The network in double precision, from which twice its own error may be off."""
+    unit = max(float(jnp.finfo(dtype).eps) for dtype in network.narrow)
+    double, limits = _expected(network, text, "in double"), _limits(expected, UNITS * unit)
+    if double is not None:
+        double = jax.tree.map(lambda x, like: np.asarray(x).astype(like.dtype), double, expected)
+    _add(limits, 2.0, expected, double)
+    for name, x in named(expected):  # one digit says nothing about the next
+        limits[name] = np.inf if limits[name] > DIGIT * largest(x) else limits[name]
+    return expected if double is None else double, limits
+
+
+def _limits(expected: Any, unit: float) -> dict[str, float]:
+    """Units of the largest entry of all."""
+    floor = unit * max((largest(x) for _, x in named(expected)), default=0.0)
+    return {name: max(EXACT * largest(x), floor) for name, x in named(expected)}
+
+
+def _add(limits: dict[str, float], factor: float, expected: Any, other: Any) -> None:
+    """Adds a multiple of how far two roundings are apart; nothing is known without the other."""
+    if other is None:
+        limits.update(dict.fromkeys(limits, np.inf))
+        return
+    for (name, x), y in zip(named(expected), jax.tree.leaves(other), strict=True):
+        limits[name] += factor * apart(x, y)
 
 
 # --- crashes and time ---

@@ -51,11 +51,12 @@ SEQUENCES = {
     "looked_up": 2, "looked_up_in": 0.7, "taken": 0.7, "looked_up_by_batch": 0.5, "scattered": 1,
     "attention": 2.5, "cross_attention": 1, "fused_attention": 0.7, "linear_attention": 0.8,
     "positions": 0.7, "gated": 1, "experts": 1.2, "recurrent": 1, "state_space": 1,
-    "refitted": 0.3,
+    "refitted": 0.3, "placed": 0.6, "ragged": 0.7,
 }  # fmt: skip
 CONTROL = {
     "called": 1, "mapped": 1.2, "ensemble": 0.7, "microbatched": 0.8, "layers": 1.5,
     "over_time": 1, "loop": 1, "branched": 0.8, "residual": 0.8, "called_twice": 0.5,
+    "synchronised": 0.5,
 }  # fmt: skip
 TYPES = {
     "cast": 2.5, "rounded": 1.5, "dense_rounded": 1.5, "complexed": 1.2, "own_derivative": 1.5,

@@ -48,6 +48,20 @@ def mapped(b, x, *, axis, out, members):
     return f"jax.vmap({inner.name}, {at}, {0 if out == -1 else out})({x})"
 
 
+SYNCHRONISED = (
+    'h - lax.pmean(h, "i")', 'h * lax.rsqrt(lax.pmean(h**2, "i") + 0.1)', 'lax.psum(h, "i") + h',
+    'lax.all_gather(h, "i").sum(0)',
+)  # fmt: skip
+
+
+@op(axis=AXIS, form=Among(SYNCHRONISED))
+def synchronised(b, x, *, axis, form):
+    """Statistics over a mapped axis by its name."""
+    at = b.axis(x, axis)
+    b.need(x.shape[at])
+    return f'jax.vmap(lambda h: {form}, {at}, {at}, axis_name="i")({x})'
+
+
 @op(width=Among((2, 1, 3)))
 def ensemble(b, x, *, width):
     """vmap over weights alone."""

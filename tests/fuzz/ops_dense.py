@@ -106,6 +106,9 @@ COMPOSED = {
     "(a @ c) @ (d @ e)": ("nm", "mk", "kk", "kn"),
     "jnp.where(a > 0, a, 0)": ("nk",),
     "jnp.roll(a, 1, 0)": ("nk",),
+    "jnp.linalg.solve(jnp.eye({n}) + a @ a.T, c)": ("nm", "nk"),
+    "jnp.cumsum(a, 0)": ("nk",),
+    "a.at[0].set(0)": ("nk",),
     "a.reshape({n}, -1)": ("nmk",),
 }
 
@@ -235,6 +238,8 @@ ACTIVATIONS = {
     "softmax": "jax.nn.softmax({x}, -1)",
     "sorted": "jnp.sort({x}, -1)",
     "cumsum": "jnp.cumsum({x}, -1)",
+    "cumprod": "jnp.cumprod({x}, -1)",
+    "logsumexp": "jax.nn.logsumexp({x}, -1, keepdims=True)",
     "triangle": "jnp.triu({x})",
 }
 

@@ -74,6 +74,20 @@ def scattered(b, x, i, *, form, rows):
     return f"jnp.ones({shape}, {x}.dtype).at[{i}].{form}({x})"
 
 
+@op(axis=AXIS, size=Among((1, 2)), form=Among(("slice", "update", "index")))
+def placed(b, x, i, *, axis, size, form):
+    """A part of a value at a computed place, read or written."""
+    at = b.axis(x, axis)
+    b.need(x.shape[at] >= size and i.size == 1)
+    place = f"{i}.reshape(())"
+    if form == "index":
+        return f"lax.dynamic_index_in_dim({x}, {place}, {at}, keepdims=False)"
+    part = f"lax.dynamic_slice_in_dim({x}, {place}, {size}, {at})"
+    if form == "slice":
+        return part
+    return f"lax.dynamic_update_slice_in_dim({x}, 2 * {part}, {place} + 1, {at})"
+
+
 # --- attention ---
 
 
@@ -211,6 +225,16 @@ def experts(b, x, *, experts, width, form):
     at = f"{name}_i[:, 0], jnp.arange({x.shape[0]})"
     b.lines.append(f"{name}_s = {slots}.at[{at}].set({x})")
     return f"({name}_s @ {w})[{at}] * {name}_v"
+
+
+@op(groups=Among((2, 1, 3)), width=SIZE)
+def ragged(b, x, *, groups, width):
+    """Experts by ``ragged_dot``: the rows of a value in groups of different sizes."""
+    b.need(x.ndim == 2 and x.size and width)
+    sizes = [x.shape[0] // groups] * (groups - 1)
+    sizes = [*sizes, x.shape[0] - sum(sizes)]
+    w = b.weight(groups, x.shape[-1], width)
+    return f"lax.ragged_dot({x}, {w}, jnp.array({sizes}))"
 
 
 # --- recurrences ---

@@ -19,7 +19,7 @@ GENERAL = {
         "own", "constant", "stopped", "tied", "transposed", "doubled", "quantised", "narrower",
         "mixed", "integer",
     )),
-    "init": Among(("normal", "offset", "ones", "zeros", "small", "orthogonal", "equal")),
+    "init": Among(("normal", "offset", "ones", "zeros", "small", "orthogonal", "equal", "tiny")),
 }  # fmt: skip
 """Arguments that any step has that reads weights."""
 
@@ -63,6 +63,7 @@ INITS: dict[str, Callable[[tuple[int, ...]], str]] = {
     "ones": lambda shape: f"np.ones({shape})",
     "zeros": lambda shape: f"np.zeros({shape})",
     "small": lambda shape: f"1e-3 * normal({shape})",
+    "tiny": lambda shape: f"1e-6 * normal({shape})",
     "orthogonal": lambda shape: (
         f"orthogonal(normal({shape}))" if len(shape) == 2 and 0 not in shape else _normal(shape)
     ),

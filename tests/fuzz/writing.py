@@ -253,7 +253,7 @@ class Context:
         """Text for an argument of the network, which is named as the step."""
         self.need(self.writer.outer is None)
         name = self.step.name
-        self.writer.tables.inputs[name] = text
+        self.writer.tables.inputs[name] = text if number is not None else f"jnp.asarray({text})"
         self.writer.values[name] = Array(name, tuple(shape), jnp.dtype(dtype), number)
         return name
 
