@@ -141,7 +141,8 @@ class Interpreter:
             if not eqn.outvars:
                 return []
             raise Unevaluated(eqn.primitive.name)
-        return [self.whole(x) for x in compat.bind(eqn, [_as_jax(x) for x in values])]
+        with jax.ensure_compile_time_eval():  # numbers, also while something else is traced
+            return [self.whole(x) for x in compat.bind(eqn, [_as_jax(x) for x in values])]
 
     # --- control flow ---------------------------------------------------------------------------
 
