@@ -11,6 +11,7 @@ import numpy as np
 from fcjax.errors import FrontContributionError
 from fcjax.names import path_name
 from fcjax.tracing.axes import unbound
+from fcjax.tracing.calls import Call
 from fcjax.tracing.trace import Body, Kind, Value
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "inferred_arguments",
     "is_known",
     "kept",
+    "known_sizes",
     "options",
     "outputs",
     "params",
@@ -177,6 +179,20 @@ def data(given: Any, arguments: Sequence[Any]) -> dict[int, np.ndarray[Any, Any]
             "one array for each argument"
         )
     return found
+
+
+def known_sizes(call: Call, remedy: str) -> None:
+    """Checks that no size is a symbol, as in ``jax.export``.
+
+    Raises:
+      FrontContributionError: if one is.
+    """
+    if call.is_symbolic:
+        shapes = ", ".join(str(array.shape) for array in call.arrays)
+        raise FrontContributionError(
+            f"the arguments have the symbolic shapes {shapes}, and a plan is made for numbers; "
+            f"{remedy}"
+        )
 
 
 @contextlib.contextmanager

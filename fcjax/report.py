@@ -259,6 +259,11 @@ def text(plan: Plan, reduction: Reduction, assumed: Mapping[str, int]) -> str:
             f"planned as if inside the mapped axis {listed_axes}; a call plans for its own axes "
             "and shapes"
         )
+    if reduction.unmoved:
+        head.append(
+            f"planned without the gradients of {len(reduction.unmoved)} leaves, which the "
+            "optimizer leaves alone"
+        )
     if reduction.followers or reduction.compression is not None:
         head.append(
             "tested on a tree of this structure, the optimizer moves full and reduced weights "

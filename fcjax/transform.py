@@ -1,5 +1,6 @@
 """``front_contribute``: the library's one transform, and the object it returns."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -161,6 +162,7 @@ class FrontContribution(Copied):
         self._avals = tuple(jax.typeof(leaf) for leaf in self._tree.leaves)
         self.begin_anew()
         call = self._calls.of(example_args, {})
+        check.known_sizes(call, "give example arguments whose sizes are numbers")
         self._call = call.shapes
         body, out_structure, self._assumed = self._trace(self._avals, call, anywhere=True)
         self._reduction = nothing(self._tree)
@@ -185,8 +187,8 @@ class FrontContribution(Copied):
 
     def _settle(self, body: Body, call: Call, out_structure: Any) -> None:
         """Plans the example with the weights that were chosen, or with all if that is refuted."""
-        trivial = self._reduction.is_trivial
-        network = self._given if trivial else self._written(body)
+        as_given = self._reduction.is_trivial and not self._reduction.unmoved
+        network = self._given if as_given else self._written(body)
         self._example = self._planned(network, out_structure, self._given)
         self.contributions = {
             "constants": tuple(_plain(array) for _, array in body.constants),
@@ -196,7 +198,10 @@ class FrontContribution(Copied):
         answer = self._refuted(self._example.plan, body, call.arrays)
         if answer is not None:
             changed = [leaf for leaf in range(len(self.paths)) if self._reduction.rule(leaf)]
-            self._reduction = nothing(self._tree, dict.fromkeys(changed, answer))
+            self._reduction = dataclasses.replace(
+                nothing(self._tree, dict.fromkeys(changed, answer)),
+                unmoved=self._reduction.unmoved,
+            )
             self._settle(body, call, out_structure)
 
     def _refuted(self, planned: Plan, body: Body, arguments: Sequence[Any]) -> str | None:
@@ -225,7 +230,8 @@ class FrontContribution(Copied):
           params: parameters of the structure of ``fc.params``.
           *args: what ``apply_fn`` takes; batch sizes need not be those of the example. Python
             numbers are data, as for ``jax.jit``, unless ``apply_fn`` branches on them, makes shapes
-            of them or asks for their type; bools are flags.
+            of them or asks for their type; bools are flags. Sizes that are symbols, as in
+            ``jax.export``, are planned for nothing: the network runs as written.
           **kwargs: likewise.
 
         Returns:
@@ -233,8 +239,8 @@ class FrontContribution(Copied):
 
         Raises:
           FrontContributionError: if ``params`` has another structure or shapes, if this call reads
-            a compressed layer in another way than the example did, or if known inputs leave the
-            span of ``data``.
+            a compressed layer in another way than the example did, if known inputs leave the span
+            of ``data``, or if a size is a symbol and weights are folded along gradient flow.
 
         Example:
           >>> import jax.numpy as jnp, fcjax
@@ -244,6 +250,8 @@ class FrontContribution(Copied):
         """
         leaves = self._leaves(params, self.contributions["frozen"])
         call = self._calls.of(args, kwargs)
+        if call.is_symbolic:
+            return self._for_any_size(leaves, call)
         self._reduction.refuse_outside(call.arrays)
         running = self._reduction.running(leaves, self.contributions)
         compiled = self._compile(running, call)
@@ -252,6 +260,14 @@ class FrontContribution(Copied):
         sources = self._reduction.sources(self.contributions)
         constants = [array for _, array in compiled.body.constants]
         return compiled(running, call.arrays, sources, constants)
+
+    def _for_any_size(self, leaves: Sequence[Any], call: Call) -> PyTree:
+        """The network as written."""
+        if self._reduction.flows:  # their gradients are those of the reduced network
+            check.known_sizes(call, "export apply_fn, with the parameters of fc.expand")
+        full = self._reduction.expand(leaves, self.contributions)
+        args, kwargs = call.rebuild(call.arrays)
+        return self.apply_fn(jax.tree.unflatten(self._tree.structure, full), *args, **kwargs)
 
     def apply_with(
         self, params: PyTree, contributions: dict[str, tuple[Any, ...]], *args: Any, **kwargs: Any
@@ -268,7 +284,8 @@ class FrontContribution(Copied):
           what ``apply_fn`` returns.
 
         Raises:
-          FrontContributionError: if ``params`` has another structure or shapes.
+          FrontContributionError: if ``params`` has another structure or shapes, or if a size is a
+            symbol, as in ``jax.export``.
 
         Example:
           >>> import jax.numpy as jnp, fcjax
@@ -280,6 +297,7 @@ class FrontContribution(Copied):
         """
         leaves = self._leaves(params, contributions["frozen"])
         call = self._calls.of(args, kwargs)
+        check.known_sizes(call, "use fc.apply")
         running = self._reduction.running(leaves, contributions)
         compiled = self._compile(running, call)
         own = {id(a): i for i, (_, a) in enumerate(self._example.body.constants)}
@@ -503,9 +521,10 @@ class FrontContribution(Copied):
         return self._planned(self._written(body), out_structure, self._given)
 
     def _written(self, body: Body, reduction: Reduction | None = None) -> Written:
-        followed = (reduction or self._reduction).followed
+        reduction = reduction or self._reduction
+        without_gradient = reduction.followed | reduction.unmoved
         of_params = [
-            PARAM if trained and leaf not in followed else FROZEN
+            PARAM if trained and leaf not in without_gradient else FROZEN
             for leaf, trained in enumerate(self._tree.trained)
         ]
         of_arguments = [DATA] * (len(body.inputs) - len(of_params))

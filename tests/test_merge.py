@@ -560,14 +560,6 @@ def test_params_of_another_dtype_are_refused():
         merged.apply(changed, normal(8, 4))
 
 
-def test_symbolic_sizes_are_refused():
-    _, merged = two_layers()
-    (rows,) = jax.export.symbolic_shape("rows")
-    like = jax.ShapeDtypeStruct((rows, 4), jnp.float64)
-    with pytest.raises(FrontContributionError, match="symbolic shape"):
-        jax.export.export(jax.jit(merged.apply))(merged.params, like)
-
-
 def test_a_call_that_reads_the_parameters_in_another_way_is_refused():
     params = {"a": normal(4, 16), "b": normal(16, 4)}
 

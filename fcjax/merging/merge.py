@@ -120,6 +120,7 @@ class Merged(Copied):
         self._timings: Timings | None = None
         self.begin_anew()
         example = self._calls.of(example_args, {})
+        check.known_sizes(example, "give example arguments whose sizes are numbers")
         calls, traced = self._traced_for_sizes(example)
         merged = settled(traced, self._paths)
         self._raw, found = merged.raw, merged.found

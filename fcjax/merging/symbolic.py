@@ -83,14 +83,19 @@ class Sizes:
         raise _differ(found)
 
     def number(self, found: Sequence[float], dtype: Any) -> Any:
-        """The number that takes these values: a constant times powers of symbols."""
-        for powers, counts in self._products((-2, -1, 0, 1, 2)):
-            each = np.asarray(found, float) / np.asarray(counts)
-            if np.allclose(each, each[0], rtol=4 * float(jnp.finfo(dtype).eps), atol=0.0):
+        """The number that takes these values: a constant times powers of symbols, or a size."""
+        values, close = np.asarray(found, float), 4 * float(jnp.finfo(dtype).eps)
+        for powers, counts in self._products((-2, -1, -0.5, 0, 0.5, 1, 2)):
+            each = values / np.asarray(counts)
+            if np.allclose(each, each[0], rtol=close, atol=0.0):
                 return each[0] * _product(self.symbols.values(), powers)
+        for power in (1, -1):
+            whole = np.rint(values**power)
+            if np.allclose(values**power, whole, rtol=close, atol=0.0):
+                return jnp.asarray(self.size([*map(int, whole)]), float) ** power
         raise _differ(found)
 
-    def _products(self, powers: Sequence[int]) -> Iterator[tuple[tuple[int, ...], list[Any]]]:
+    def _products(self, powers: Sequence[float]) -> Iterator[tuple[tuple[float, ...], list[Any]]]:
         """Powers for each symbol, small ones first, and the values of their product."""
         every = itertools.product(powers, repeat=len(self.symbols))
         for chosen in sorted(every, key=lambda ps: sum(map(abs, ps))):
@@ -115,14 +120,14 @@ def _with_numbers(array: Any, numbers: dict[str, int]) -> jax.ShapeDtypeStruct:
     return array.update(shape=tuple(compat.evaluated(d, numbers) for d in array.shape))
 
 
-def _product(sizes: Any, powers: Sequence[int]) -> Any:
-    """A product of powers; an array where a symbol is divided by."""
+def _product(sizes: Any, powers: Sequence[float]) -> Any:
+    """A product of powers; an array if these of symbols are no whole ones above 0."""
     made: Any = 1
     for size, power in zip(sizes, powers, strict=True):
-        if power > 0 or isinstance(size, int):
+        if isinstance(size, int) or (isinstance(power, int) and power >= 0):
             made = made * size**power
-        elif power:
-            made = made / jnp.asarray(size, float) ** -power
+        else:
+            made = made * jnp.asarray(size, float) ** power
     return made
 
 

@@ -22,6 +22,7 @@ from fcjax.rules.flow_rules import flow_folds
 from fcjax.rules.radial import RadialFold, radial_fold
 from fcjax.rules.reduction import Reduction, Tree, nothing
 from fcjax.rules.stand_ins import Change, Follows, Shrinks, Stays
+from fcjax.rules.unmoved import unmoved
 from fcjax.spaces.hidden import Spaces, find
 from fcjax.spaces.subspaces import Basis, Reached, reach, span, used
 
@@ -68,7 +69,9 @@ def choose(
     changed = _changed(given, tree)
     notes = {i: f"{chosen.reasons[i]}; {REBALANCED}" for i in changed if i in chosen.reasons}
     notes |= {i: REBALANCED for i in changed if i not in chosen.reasons}
-    chosen = dataclasses.replace(chosen, reasons={**chosen.reasons, **notes})
+    chosen = dataclasses.replace(
+        chosen, reasons={**chosen.reasons, **notes}, unmoved=unmoved(optimizer, given)
+    )
     chosen.refuse_outside(example)
     chooser.refuse_unread(chosen, example)
     return chosen

@@ -66,6 +66,7 @@ class Reduction:
       flows: the chains that are folded along gradient flow.
       deviation: how far the optimizer moved the reduced weights from the full ones in the
         experiment, relative to an update.
+      unmoved: the leaves that the optimizer leaves alone; nobody needs their gradients.
     """
 
     tree: Tree
@@ -74,6 +75,7 @@ class Reduction:
     reasons: Mapping[int, str]
     flows: tuple[FlowFold, ...] = ()
     deviation: float = 0.0
+    unmoved: frozenset[int] = frozenset()
 
     @property
     def is_trivial(self) -> bool:
