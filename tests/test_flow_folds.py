@@ -369,7 +369,8 @@ def reason(network, path, optimizer=SGD, **options):
 
 @pytest.mark.parametrize("rebalance", [False, True])
 def test_a_chain_whose_product_has_no_entries_is_not_folded(rebalance):
-    params = [jnp.ones((3, 4)), jnp.ones((4, 4)), jnp.ones((4, 0))]
+    shapes = [(3, 4), (4, 4), (4, 0)]
+    params = [jnp.asarray(np.random.default_rng(0).normal(size=shape)) for shape in shapes]
     empty = Network(lambda p, x: product(p, x), params, jnp.ones((5, 3)), None, ())
     fc = folded(empty, rebalance=rebalance)
     assert {row.rule for row in fc.report} == {"collapse"}
