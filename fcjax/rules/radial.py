@@ -33,6 +33,9 @@ __all__ = ["RadialFold", "ordered", "radial_fold"]
 
 Array = Any
 
+ROUNDING = 16
+"""Units in the last place by which the squared norm of a unit without weights may come out."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RadialFold:
@@ -100,7 +103,10 @@ class RadialFold:
     def _norms(self, weights: dict[int, Array], fixed: Fixed):
         """The squared norms of each layer's units, once the layers behind it are in ``weights``."""
         for layer, constants in zip(self.layers, fixed["constants"], strict=True):
-            yield layer, constants - _squares(layer.outgoing, weights)
+            behind = _squares(layer.outgoing, weights)
+            squares = constants - behind
+            rounding = ROUNDING * jnp.finfo(behind.dtype).eps * jnp.abs(behind)
+            yield layer, jnp.where(jnp.abs(squares) <= rounding, 0, squares)
 
     def running(self, trained: Leaves, rho: Array, fixed: Fixed) -> dict[int, Array]:
         """The same, with no gradient through the hidden weights."""
