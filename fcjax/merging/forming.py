@@ -9,6 +9,7 @@ like anything else, at the precision at which weights are multiplied among thems
 import dataclasses
 import itertools
 import math
+from collections import ChainMap
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -65,9 +66,10 @@ class Formed:
     def compute(self, env: Mapping[Any, Array]) -> Array:
         """The array, given those that it is made of."""
         identities = {v: v.array() for v in self.recipe.expr.leaves if isinstance(v, Identity)}
-        made = evaluate(self.recipe, {**env, **identities}, {})
+        read = ChainMap(identities, env)  # type: ignore[arg-type]  # nothing is written to it
+        made = evaluate(self.recipe, read, {})
         if self.less_mean:
-            made = made - jnp.mean(made, self.less_mean, keepdims=True)
+            made = made - made.mean(self.less_mean, keepdims=True)
         return made.astype(self.value.aval.dtype)
 
     def identity(self, leaves: Mapping[Value, str]) -> str:

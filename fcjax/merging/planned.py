@@ -4,8 +4,11 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 
+from fcjax.errors import RefutedError
 from fcjax.expressions.terms import Expr, Unrepresentable
 from fcjax.expressions.written import Written, written
 from fcjax.merging import ahead, forming, summands
@@ -21,7 +24,10 @@ from fcjax.merging.pointwise import axes_of_space
 from fcjax.merging.sweep import Network, Sweep
 from fcjax.planning.plan import Plan, plan
 from fcjax.planning.recipes import recipe
+from fcjax.running.program import Program
 from fcjax.tracing.trace import Body, Equation, Kind, Value
+from fcjax.validation.plans import RAISE
+from fcjax.validation.recipes import refuted
 
 __all__ = ["merging"]
 
@@ -55,7 +61,35 @@ def merging(
     found = dataclasses.replace(found, nested={})  # the bodies of loops are merged by themselves
     planned = (first and planned_like(found, first)) or plan(found)
     network = _network(found, planned, names, raw, copies or [1] * len(names))
-    return _merged(network, planned, affordable(network))
+    return _merged(network, planned, _checked(network, planned))
+
+
+def _checked(network: Network, planned: Plan) -> Sweep:
+    """What is left of a network, without effective weights that numbers refute."""
+    sweep = affordable(network)
+    lowered = {v: low for v, low in network.lowered.items() if v in sweep.planned}
+    recipes = {v: low.recipe for v, low in lowered.items()}
+    program = Program(dataclasses.replace(planned, recipes=recipes))
+    formed = {f.value: f.compute for low in lowered.values() for f in low.formed}
+    forced = network.written.forced & recipes.keys()  # no equation says what these are
+    wrong = refuted(
+        dataclasses.replace(planned, recipes={v: recipes[v] for v in recipes.keys() - forced}),
+        formed=formed | {v: functools.partial(program.computed, v) for v in forced},
+    )
+    if not wrong:
+        return sweep
+    reason = next(iter(wrong.values()))
+    if os.environ.get(RAISE):
+        raise RefutedError(f"effective weights are wrong: {reason}")
+    warnings.warn(
+        f"a check on numbers refuted effective weights, which are left out ({reason}): a fault of "
+        "fcjax, please report it with this network",
+        stacklevel=2,
+    )
+    left_out = frozenset(wrong).union(*(g for g in network.together if not g.isdisjoint(wrong)))
+    right = {v: low for v, low in network.lowered.items() if v not in left_out}
+    together = tuple(group for group in network.together if group.isdisjoint(left_out))
+    return _checked(dataclasses.replace(network, lowered=right, together=together), planned)
 
 
 def _network(
