@@ -265,8 +265,7 @@ def _equation_flops(eqn: Any) -> float:
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2.0 * outputs * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
     if eqn.primitive.name == "conv_general_dilated":
-        channels = eqn.params["dimension_numbers"].rhs_spec[0]
-        kernel = eqn.invars[1].aval.shape
-        return 2.0 * outputs * math.prod(kernel) / kernel[channels]
+        _, *summed = eqn.params["dimension_numbers"].rhs_spec
+        return 2.0 * outputs * math.prod(eqn.invars[1].aval.shape[i] for i in summed)
     inputs = float(sum(math.prod(v.aval.shape) for v in eqn.invars))
     return max(inputs, outputs) if eqn.primitive.name.startswith("reduce") else outputs
