@@ -3,9 +3,9 @@
     python tests/mutations.py [--count N] [--seed N] [--module NAME ...]
 
 Each mutant changes one thing in one module that makes or runs rewrites: an operator, a comparison,
-a number, a condition, the order of arguments. In a process of its own it folds every network of the
-zoo, every rewrite forced, as it would for a user, and the values and gradients that come out are
-compared with those of the network as written. A mutant is
+a number, a condition, the order of arguments. The library is imported anew with it and folds every
+network of the zoo, every rewrite forced, as it would for a user, and the values and gradients that
+come out are compared with those of the network as written. A mutant is
 
     found    if the check refuted something and all that came out was right,
     missed   if any network came out wrong,
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
 import importlib.abc
 import importlib.util
@@ -26,7 +27,7 @@ import json
 import os
 import pathlib
 import random
-import subprocess
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -39,7 +40,8 @@ MODULES = (
     "running.named", "running.weights", "running.convolving", "running.placing",
     "running.program", "running.numerics", "running.arrays",
 )  # fmt: skip
-SECONDS = 1800
+SECONDS = 60
+"""For one network."""
 CLOSE = 1e-8
 
 # --- mutants ------------------------------------------------------------------------------------
@@ -133,7 +135,7 @@ def chosen(modules: list[str], count: int, seed: int) -> list[tuple[str, int]]:
     return found[:count]
 
 
-# --- one mutant, in a process of its own --------------------------------------------------------
+# --- one mutant ---------------------------------------------------------------------------------
 
 
 class _Mutant(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -154,73 +156,112 @@ class _Mutant(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(source, str(self.path), "exec"), module.__dict__)
 
 
-def judged() -> str:
-    """What becomes of a mutant that is imported in this process."""
-    import conftest  # noqa: F401  (sets up jax)
-
-    os.environ.pop("FCJAX_RAISE_REFUTED", None)
-    import zoo
-    import zoo_blocks
-    import zoo_conv
-    import zoo_time  # noqa: F401  (adds to the zoo)
-
-    refuted = False
-    for family in (zoo, zoo_conv, zoo_blocks):
-        for name in family.names():
-            try:
-                right, found = _compared(family.build(name))
-            except Exception as error:
-                return f"stopped by {name}: {type(error).__name__}: {error}".split("\n")[0][:160]
-            if not right:
-                return f"missed by {name}"
-            refuted = refuted or found
-    return "found" if refuted else "idle"
+@contextlib.contextmanager
+def imported_with(module: str, number: int) -> Iterator[None]:
+    """The library, imported anew with a mutant in it."""
+    kept = {name: found for name, found in sys.modules.items() if name.split(".")[0] == "fcjax"}
+    finder = _Mutant(module, number)
+    for name in kept:
+        del sys.modules[name]
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.split(".")[0] == "fcjax"]:
+            del sys.modules[name]
+        sys.modules.update(kept)
 
 
-def _compared(network) -> tuple[bool, bool]:
-    """Whether a network comes out right, and whether the check refuted anything."""
-    import jax
-    import numpy as np
-    from training import backprop, floating
+@contextlib.contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError in what takes longer."""
 
-    import fcjax
-    from fcjax.numbers.interpreter import values_of
-    from fcjax.planning.plan import always_fold
+    def stop(signum, frame):
+        raise TimeoutError(f"more than {seconds} s")
 
-    args = network.example_args
-    plain, params = backprop(network)
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
-    def loss(apply):
-        def of(p):
-            leaves = [x for x in jax.tree.leaves(apply(p, *args)) if zoo_is_inexact(x)]
-            return sum((jax.numpy.sin(x) * x).sum() for x in leaves)
+
+class Judge:
+    """The networks of the zoo, with their values and gradients as written."""
+
+    def __init__(self) -> None:
+        import conftest  # noqa: F401  (sets up jax)
+
+        os.environ.pop("FCJAX_RAISE_REFUTED", None)
+        import zoo
+        import zoo_blocks
+        import zoo_conv
+        import zoo_time  # noqa: F401  (adds to the zoo)
+        from training import backprop, floating
+
+        from fcjax.numbers.interpreter import values_of
+
+        self.values_of = values_of  # the library's own, whatever the mutant is
+        self.is_inexact = zoo.is_inexact
+        self.networks = {
+            name: family.build(name)
+            for family in (zoo, zoo_conv, zoo_blocks)
+            for name in family.names()
+        }
+        self.expected = {
+            name: values_of(self.loss(backprop(network)[0], network), floating(network.params))
+            for name, network in self.networks.items()
+        }
+
+    def loss(self, apply, network):
+        """A loss of all outputs, and its gradient by the parameters."""
+        import jax
+        import jax.numpy as jnp
+
+        def of(params):
+            outputs = jax.tree.leaves(apply(params, *network.example_args))
+            return sum((jnp.sin(x) * x).sum() for x in outputs if self.is_inexact(x))
 
         return jax.value_and_grad(of)
 
-    from zoo import is_inexact as zoo_is_inexact
+    def verdict(self, module: str, number: int) -> str:
+        """What becomes of a mutant."""
+        refuted = False
+        with imported_with(module, number):
+            for name in self.networks:
+                try:
+                    with limited(SECONDS):
+                        right, found = self._compared(name)
+                except Exception as error:
+                    reason = f"stopped by {name}: {type(error).__name__}: {error}"
+                    return reason.split("\n")[0][:160]
+                if not right:
+                    return f"missed by {name}"
+                refuted = refuted or found
+        return "found" if refuted else "idle"
 
-    with always_fold():
-        fc = fcjax.front_contribute(network.apply_fn, network.params, *args)
-        found = values_of(loss(fc.apply), fc.params)
-    expected = values_of(loss(plain), floating(network.params))
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    largest = max(np.max(np.abs(x), initial=0.0) for x in jax.tree.leaves(expected))
-    right = all(np.max(np.abs(a - b), initial=0.0) <= CLOSE * largest for a, b in pairs)
-    del params
-    return right, bool(fc.plan.refuted)
+    def _compared(self, name: str) -> tuple[bool, bool]:
+        """Whether a network comes out right, and whether the check refuted anything."""
+        import jax
+        import numpy as np
+
+        import fcjax
+        from fcjax.planning.plan import always_fold
+
+        network = self.networks[name]
+        with always_fold():
+            fc = fcjax.front_contribute(network.apply_fn, network.params, *network.example_args)
+            found = self.values_of(self.loss(fc.apply, network), fc.params)
+        expected = self.expected[name]
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+        largest = max(np.max(np.abs(x), initial=0.0) for x in jax.tree.leaves(expected))
+        right = all(np.max(np.abs(a - b), initial=0.0) <= CLOSE * largest for a, b in pairs)
+        return right, bool(fc.plan.refuted)
 
 
 # --- all of them --------------------------------------------------------------------------------
-
-
-def run(module: str, number: int) -> str:
-    command = [sys.executable, __file__, "--judge", module, str(number)]
-    try:
-        made = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return "stopped by the clock"
-    lines = made.stdout.strip().split("\n")
-    return lines[-1] if made.returncode == 0 else f"stopped: {made.stderr.strip()[-160:]}"
 
 
 def main() -> None:
@@ -228,18 +269,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--module", nargs="*", choices=MODULES, default=list(MODULES))
-    parser.add_argument("--judge", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.judge:
-        module, number = options.judge
-        sys.meta_path.insert(0, _Mutant(module, int(number)))
-        print(judged())
-        return
+    judge = Judge()
     verdicts: Counter[str] = Counter()
     for module, number in chosen(options.module, options.count, options.seed):
         _, what = mutated(path_of(module).read_text(), number)
-        verdict = run(module, number)
-        verdicts[verdict.split()[0].rstrip(":")] += 1
+        verdict = judge.verdict(module, number)
+        verdicts[verdict.split()[0]] += 1
         print(
             json.dumps({"module": module, "number": number, "what": what, "verdict": verdict}),
             flush=True,

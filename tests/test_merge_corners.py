@@ -159,3 +159,25 @@ def test_a_number_that_is_an_argument_is_not_baked_in():
             merged.apply(merged.params, normal(5, 4), t), fn(params, normal(5, 4), t), rtol=1e-12
         )
     assert len(merged._compiled) <= 4
+
+
+ONES = np.ones(8), np.ones(8)
+
+
+def handed_twice(p, x):
+    """One stack of weights, sliced twice; then one that stays the same, used twice."""
+    y = lax.scan(lambda h, w: (jnp.tanh(h @ w[0] @ w[1]), None), x, (p["w"], p["w"]), 3)[0]
+    a, b = p["w"][0], p["w"][0]
+    return lax.scan(lambda h, _: (jnp.tanh(h @ a @ b), None), y, None, 2)[0]
+
+
+def equal_constants(p, x):
+    a, b = map(jnp.asarray, ONES)
+    layer = lambda h, w: (jnp.tanh((h * a) @ (w[0] * b[:, None]) @ w[1]), None)  # noqa: E731
+    return lax.scan(layer, x, (p["w"][:, :, :2], p["w"][:, :2]), 3)[0]
+
+
+@both
+@pytest.mark.parametrize("fn", [handed_twice, equal_constants])
+def test_loops_that_read_equal_arrays(fn, forced):
+    merged_as_written(fn, {"w": normal(3, 8, 8)}, normal(32, 8), forced=forced, rows=(1,))

@@ -115,7 +115,7 @@ def merged_loop(
     runs = equation.source.params["length"]
     inner = merge(body, names, raw, [runs if sliced else 1 for _, sliced in given])
     made = {
-        k.value: _kept(k, inner, dict(zip(own, given, strict=True)), sources, runs)
+        k.value: _kept(k, inner, own, given, sources, runs)
         for k in inner.kept
         if k.value not in handed
     }
@@ -133,19 +133,27 @@ def _is_fixed(atom: Atom, known: Mapping[Value, Kind]) -> bool:
 
 
 def _kept(
-    one: Kept, inner: Merging, given: Mapping[str, tuple[Value, bool]],
+    one: Kept, inner: Merging, names: Sequence[str], given: Sequence[tuple[Value, bool]],
     sources: Mapping[Value, frozenset[str]], runs: int,
 ) -> Kept:  # fmt: skip
-    """What the body keeps, as something that is kept outside."""
-    places = {name: i for i, name in enumerate(given)}
-    used = {places[name]: given[name] for name in one.sources if name in places}
+    """What the body keeps, as something that is kept outside.
+
+    Args:
+      one: what is kept.
+      inner: the merged body.
+      names: the identities of its parameters; equal for an array that it is handed twice.
+      given: what these are outside, and whether they are sliced.
+      sources: what the values outside are made of.
+      runs: how often the body runs.
+    """
+    used = {i: given[i] for i, name in enumerate(names) if name in one.sources}
     sliced = any(is_slice for _, is_slice in used.values())
     length = (runs,) if sliced else ()
     value = Value(one.value.aval.update(shape=(*length, *one.value.shape)))
     is_sum = one.formed is not None and one.formed.is_sum
     made = OfLoop(value, dataclasses.replace(inner, kept=(one,)), used, is_sum)
     outside = frozenset[str]().union(*(sources.get(v, ()) for v in made.leaves))
-    return Kept(value, f"{one.identity} {length}", outside | (one.sources - places.keys()), made)
+    return Kept(value, f"{one.identity} {length}", outside | one.sources.difference(names), made)
 
 
 def _role(kept: Kept, value: Value) -> str:
