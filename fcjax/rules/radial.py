@@ -33,9 +33,6 @@ __all__ = ["RadialFold", "ordered", "radial_fold"]
 
 Array = Any
 
-ROUNDING = 16
-"""Units in the last place by which the squared norm of a unit without weights may come out."""
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RadialFold:
@@ -103,10 +100,7 @@ class RadialFold:
     def _norms(self, weights: dict[int, Array], fixed: Fixed):
         """The squared norms of each layer's units, once the layers behind it are in ``weights``."""
         for layer, constants in zip(self.layers, fixed["constants"], strict=True):
-            behind = _squares(layer.outgoing, weights)
-            squares = constants - behind
-            rounding = ROUNDING * jnp.finfo(behind.dtype).eps * jnp.abs(behind)
-            yield layer, jnp.where(jnp.abs(squares) <= rounding, 0, squares)
+            yield layer, constants - _squares(layer.outgoing, weights)
 
     def running(self, trained: Leaves, rho: Array, fixed: Fixed) -> dict[int, Array]:
         """The same, with no gradient through the hidden weights."""
@@ -228,6 +222,9 @@ def _fault(leaf: int, writers: Sequence[Symmetry], leaves: Sequence[Any]) -> str
         return "the radial closure needs all of a hidden weight to belong to units"
     if np.asarray(leaves[leaf]).dtype not in (np.float32, np.float64):
         return "the radial closure needs float32 or float64"
+    without = int(np.sum(np.asarray(_squares(writers[0].incoming, leaves)) == 0))
+    if without:
+        return f"the radial closure keeps the directions of weights, and {without} units have none"
     return ""
 
 

@@ -13,7 +13,17 @@ from jax import lax
 from fcjax.expressions.terms import Expr, Factor, Label
 from fcjax.running.arrays import library, wrapped
 
-__all__ = ["Env", "Named", "less_mean", "met", "ordered", "pair", "realised", "sum_out"]
+__all__ = [
+    "Env",
+    "Named",
+    "less_mean",
+    "met",
+    "ordered",
+    "pair",
+    "realised",
+    "sum_out",
+    "widest",
+]
 
 
 Env = Mapping[Any, Any]
@@ -82,7 +92,7 @@ def pair(a: Named, b: Named, keep: frozenset[Label], expr: Expr) -> Named:
     data = a.data or b.data
     dtype = met(b, expr)
     if not data:  # weights keep the wider of the dtypes they are stored and used in
-        dtype = _widest(expr.dtype, a.array.dtype, b.array.dtype, np.dtype(np.float32))
+        dtype = widest(expr.dtype, a.array.dtype, b.array.dtype, np.dtype(np.float32))
     x, y = a.array.astype(dtype), b.array.astype(dtype)
     shared = [label for label in a.labels if label in b.labels]
     contracted = [label for label in shared if label not in keep]
@@ -110,10 +120,10 @@ def met(weight: Named, expr: Expr) -> Any:
     though none of its factors is, so it meets the data as it was formed.
     """
     narrow = expr.dtype == jnp.float16 and not weight.data
-    return _widest(expr.dtype, weight.array.dtype) if narrow else np.dtype(expr.dtype)
+    return widest(expr.dtype, weight.array.dtype) if narrow else np.dtype(expr.dtype)
 
 
-def _widest(*dtypes: Any) -> Any:
+def widest(*dtypes: Any) -> Any:
     """The dtype that holds all of these, of which numbers of 8 bits have no common one in jax."""
     return functools.reduce(jnp.promote_types, [d for d in dtypes if np.dtype(d).itemsize > 1])
 

@@ -23,6 +23,13 @@ def _is_zero(tangent: Any) -> bool:
     return isinstance(tangent, SymbolicZero)
 
 
+def _tangent(parts: Sequence[Array], value: Array) -> Array:
+    """The sum of the tangents of a value, in its dtype."""
+    if not parts:
+        return jnp.zeros_like(value)
+    return functools.reduce(jnp.add, parts).astype(value.dtype)
+
+
 # --- a product whose rows are scaled afterwards -------------------------------------------------
 
 
@@ -72,7 +79,7 @@ def _scaled_product_jvp(precision, primals, tangents):
         parts.append(_dot(functools.reduce(jnp.add, moved), weight, precision))
     if not _is_zero(d_weight):
         parts.append(_scaled(_dot(rows, d_weight, precision), scales))
-    tangent = functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(product)
+    tangent = _tangent(parts, product)
     return product, tangent
 
 
@@ -123,7 +130,7 @@ def differentiated_apart(
         if moving:
             some, changes = [ws[i] for i in moving], [dws[i] for i in moving]
             parts.append(jax.jvp(moved, some, changes)[1])
-        return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
+        return y, _tangent(parts, y)
 
     product.defjvp(product_jvp, symbolic_zeros=True)
     return product(rows, list(weights))
@@ -216,7 +223,7 @@ def _centred_square_sum_jvp(primals, tangents):
         # x^T dx less the means: saves x, which the network holds anyway, not the shifted copy
         cross = _matmul(x.T, dx) - jnp.outer(mean, jnp.sum(dx, axis=0))
         parts.append(2.0 * jnp.sum(z * _matmul(cross, z), axis=0))
-    tangent = functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(v)
+    tangent = _tangent(parts, v)
     return v, tangent
 
 
@@ -305,7 +312,7 @@ def _row_square_sum_jvp(primals, tangents):
         if len(weight) > width:
             parts.append(_matmul(x, cross[:width, width] + cross[width, :width]))
             parts.append(jnp.broadcast_to(cross[width, width], value.shape))
-    tangent = 2.0 * functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(value)
+    tangent = 2.0 * _tangent(parts, value)
     return value, tangent
 
 

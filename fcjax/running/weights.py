@@ -23,7 +23,17 @@ from fcjax.planning.parts import (
 )
 from fcjax.running import convolving
 from fcjax.running.arrays import broadcast_to, library
-from fcjax.running.named import Env, Named, less_mean, met, ordered, pair, realised, sum_out
+from fcjax.running.named import (
+    Env,
+    Named,
+    less_mean,
+    met,
+    ordered,
+    pair,
+    realised,
+    sum_out,
+    widest,
+)
 
 __all__ = ["Formed", "form", "formed_leaves", "product_of", "weight_of", "whole_weight"]
 
@@ -84,6 +94,7 @@ def weight_of(part: Linear | MeanSquare | Convolution, env: Env, expr: Expr) -> 
         else:
             value = product_of(product, frozenset(labels), expr, env)
         array = ordered(value, labels)
+        array = array.astype(widest(expr.dtype, array.dtype))  # where the data are wider
         total = array if total is None else total + array
     assert total is not None
     total = broadcast_to(total, [label.size for label in labels])
