@@ -11,11 +11,15 @@ import numpy as np
 from fcjax.errors import FrontContributionError
 from fcjax.names import path_name
 from fcjax.tracing.axes import unbound
+from fcjax.tracing.calls import Call
 from fcjax.tracing.trace import Body, Kind, Value
 
 __all__ = [
     "data",
     "inferred_arguments",
+    "is_known",
+    "kept",
+    "known_sizes",
     "options",
     "outputs",
     "params",
@@ -66,22 +70,24 @@ def options(
         )
 
 
-def params(tree: Any) -> None:
-    """Checks that parameters are finite arrays.
+def params(tree: Any, *, trained: bool = True) -> None:
+    """Checks that parameters are finite arrays, some of them floats if they are to be trained.
 
     Raises:
       FrontContributionError: naming the leaf.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
-        raise FrontContributionError("params is empty: there is nothing to train")
+        raise FrontContributionError(
+            f"params is empty: there is nothing to {'train' if trained else 'merge'}"
+        )
     for path, leaf in leaves:
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
             raise FrontContributionError(
                 f"params leaf {path_name(path)} is a {type(leaf).__name__}, not an array; convert "
                 "it with jnp.asarray, or keep it out of params (eqx.partition, nnx.split)"
             )
-    if not any(jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in leaves):
+    if trained and not any(jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in leaves):
         raise FrontContributionError("params has no floating-point leaf: there is nothing to train")
     for path, leaf in leaves:
         known = not isinstance(leaf, jax.core.Tracer) and jnp.issubdtype(leaf.dtype, jnp.inexact)
@@ -89,6 +95,26 @@ def params(tree: Any) -> None:
             raise FrontContributionError(
                 f"params leaf {path_name(path)} has NaN entries; check its initialisation"
             )
+
+
+def is_known(leaf: Any) -> bool:
+    """Whether an array has values: it is not traced, and its buffer has not been donated."""
+    if isinstance(leaf, jax.core.Tracer):
+        return False
+    return not (isinstance(leaf, jax.Array) and leaf.is_deleted())
+
+
+def kept(tree: Any, what: str, remedy: str) -> None:
+    """Checks that no array has been donated to a jitted function, which deletes it.
+
+    Raises:
+      FrontContributionError: with the remedy.
+    """
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(tree)):
+        raise FrontContributionError(
+            f"{what} have been donated to a jitted function, as by donate_argnums, and are gone; "
+            f"{remedy}"
+        )
 
 
 def structure(tree: Any, expected: Any, what: str) -> None:
@@ -153,6 +179,20 @@ def data(given: Any, arguments: Sequence[Any]) -> dict[int, np.ndarray[Any, Any]
             "one array for each argument"
         )
     return found
+
+
+def known_sizes(call: Call, remedy: str) -> None:
+    """Checks that no size is a symbol, as in ``jax.export``.
+
+    Raises:
+      FrontContributionError: if one is.
+    """
+    if call.is_symbolic:
+        shapes = ", ".join(str(array.shape) for array in call.arrays)
+        raise FrontContributionError(
+            f"the arguments have the symbolic shapes {shapes}, and a plan is made for numbers; "
+            f"{remedy}"
+        )
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
 """The lines that depend on the installed version of jax, and nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.extend.core as jex
 from jax import lax
+from jax.export import is_symbolic_dim, symbolic_shape
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import AxisType
 
@@ -16,10 +17,13 @@ __all__ = [
     "Var",
     "bind",
     "bound_axes",
+    "evaluated",
+    "inner_jaxprs",
     "is_dropped",
     "is_placed",
     "open_jaxpr",
     "scan_layout",
+    "symbols",
 ]
 
 
@@ -45,6 +49,23 @@ def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 def bound_axes() -> tuple[tuple[Any, int], ...]:
     """The names and sizes of the mapped axes around a call, which a trace may depend on."""
     return tuple((name, lax.axis_size(name)) for name in jex.unsafe_get_axis_names_DO_NOT_USE())
+
+
+def symbols(dims: Iterable[Any]) -> dict[str, Any]:
+    """The symbols in symbolic dimensions, by name."""
+    scopes = {name: dim.scope for dim in dims for name in dim._get_vars()}
+    return {name: symbolic_shape(name, scope=scopes[name])[0] for name in sorted(scopes)}
+
+
+def evaluated(dim: Any, numbers: dict[str, Any]) -> int:
+    """A dimension with numbers for its symbols."""
+    return int(dim._evaluate(numbers)) if is_symbolic_dim(dim) else int(dim)
+
+
+def inner_jaxprs(eqn: JaxprEqn) -> list[Any]:
+    """The jaxprs among an equation's parameters: bodies of loops, branches, calls."""
+    listed = (x if isinstance(x, (tuple, list)) else [x] for x in eqn.params.values())
+    return [x for values in listed for x in values if isinstance(x, (Jaxpr, ClosedJaxpr))]
 
 
 def scan_layout(params: dict[str, Any]) -> tuple[int, int]:

@@ -245,15 +245,16 @@ def flops(fn: Callable[..., Any], *args: Any) -> float:
       >>> flops(lambda x, w: jnp.tanh(x @ w), jnp.ones((2, 3)), jnp.ones((3, 4)))
       56.0
     """
-    return _flops(jax.make_jaxpr(fn)(*args))
+    return flops_of(jax.make_jaxpr(fn)(*args))
 
 
-def _flops(jaxpr: Any) -> float:
+def flops_of(jaxpr: Any) -> float:
+    """The same for a function that is traced already."""
     return sum(_equation_flops(eqn) for eqn in compat.open_jaxpr(jaxpr)[0].eqns)
 
 
 def _equation_flops(eqn: Any) -> float:
-    inner = [_flops(body) for value in eqn.params.values() for body in _bodies(value)]
+    inner = [flops_of(body) for body in compat.inner_jaxprs(eqn)]
     if inner:
         runs = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         return runs * (max(inner) if eqn.primitive.name == "cond" else sum(inner))
@@ -269,9 +270,3 @@ def _equation_flops(eqn: Any) -> float:
         return 2.0 * outputs * math.prod(kernel) / kernel[channels]
     inputs = float(sum(math.prod(v.aval.shape) for v in eqn.invars))
     return max(inputs, outputs) if eqn.primitive.name.startswith("reduce") else outputs
-
-
-def _bodies(value: Any) -> list[Any]:
-    """The jaxprs in an equation's parameter."""
-    listed = value if isinstance(value, (tuple, list)) else [value]
-    return [x for x in listed if isinstance(x, (compat.Jaxpr, compat.ClosedJaxpr))]

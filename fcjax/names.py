@@ -1,11 +1,11 @@
 """What leaves are called in messages, reports and printed expressions."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 
-__all__ = ["joint_name", "layer_name", "path_name", "short_names"]
+__all__ = ["joint_name", "layer_name", "path_name", "short_names", "unused"]
 
 MOST_LAYERS = 4
 
@@ -97,3 +97,17 @@ def _common(layers: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
             break
         shared += pieces[:1]
     return shared
+
+
+def unused(name: str, taken: Collection[str]) -> str:
+    """A name that is not taken, with a number behind it if it must be.
+
+    Example:
+      >>> unused("bias", ["bias", "bias_2"])
+      'bias_3'
+    """
+    count, candidate = 2, name
+    while candidate in taken:
+        candidate = f"{name}_{count}"
+        count += 1
+    return candidate

@@ -232,8 +232,14 @@ def _paths(expr: Expr, names: Origins) -> set[str]:
 # --- printing -----------------------------------------------------------------------------------
 
 
-def text(plan: Plan, reduction: Reduction) -> str:
-    """The whole report: sizes, the effective expression, and the leaves left alone."""
+def text(plan: Plan, reduction: Reduction, assumed: Mapping[str, int]) -> str:
+    """The whole report: sizes, the effective expression, and the leaves left alone.
+
+    Args:
+      plan: the plan.
+      reduction: what is trained.
+      assumed: the sizes that the plan takes mapped axes to have which the network names.
+    """
     paths = reduction.tree.paths
     listed = rows(plan, reduction)
     names = short_names(paths)
@@ -247,6 +253,17 @@ def text(plan: Plan, reduction: Reduction) -> str:
         f"{_rounded(plan.after.flops)} folded, for inputs {_inputs(arguments)}; "
         f"exact for {_exact_for(reduction)}",
     ]
+    if assumed:
+        listed_axes = ", ".join(f"{name!r} of size {size}" for name, size in assumed.items())
+        head.append(
+            f"planned as if inside the mapped axis {listed_axes}; a call plans for its own axes "
+            "and shapes"
+        )
+    if reduction.unmoved:
+        head.append(
+            f"planned without the gradients of {len(reduction.unmoved)} leaves, which the "
+            "optimizer leaves alone"
+        )
     if reduction.followers or reduction.compression is not None:
         head.append(
             "tested on a tree of this structure, the optimizer moves full and reduced weights "

@@ -1,7 +1,7 @@
 """``front_contribute``: the library's one transform, and the object it returns."""
 
+import dataclasses
 import functools
-import itertools
 import math
 import os
 from collections.abc import Callable, Hashable, Sequence
@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fcjax import check, compat
 from fcjax import report as reporting
+from fcjax.copies import Copied
 from fcjax.errors import NotFoldableError, RefutedError
 from fcjax.expressions.written import Written, written
 from fcjax.laws.certificate import Certificate, of_network
@@ -23,11 +25,11 @@ from fcjax.rules.choice import choose
 from fcjax.rules.flow_matrices import MatrixFold
 from fcjax.rules.flow_rules import unasked
 from fcjax.rules.products import MatrixChain, with_products
-from fcjax.rules.reduction import Tree, nothing
+from fcjax.rules.reduction import Reduction, Tree, nothing
 from fcjax.rules.rewrite import rewritten
 from fcjax.running.program import Program
 from fcjax.tracing import axes, trace
-from fcjax.tracing.calls import Call
+from fcjax.tracing.calls import Call, Calls
 from fcjax.tracing.final import hidden_leaves
 from fcjax.tracing.trace import Body, Kind
 from fcjax.validation.plans import RAISE, validated
@@ -122,7 +124,7 @@ def front_contribute(
     return fc
 
 
-class FrontContribution:
+class FrontContribution(Copied):
     """A network whose non-final layers are folded into effective weights.
 
     Attributes:
@@ -133,7 +135,13 @@ class FrontContribution:
         ``apply_fn`` closes over, non-float parameter leaves, and what leads from the trained
         parameters to the original ones (signs, bases, what no basis reaches, constants of laws).
       objective: what the planner saves.
+
+    Copies and pickles are without compiled functions. What cannot be pickled, such as an
+    ``apply_fn`` that is a lambda, makes ``pickle`` fail in its own words.
     """
+
+    anew = frozenset({"_calls", "_compiled", "_example", "_given"})
+    mutable = frozenset({"contributions", "params"})
 
     def __init__(
         self,
@@ -152,11 +160,13 @@ class FrontContribution:
         self._tree = _tree(params)
         self.paths = self._tree.paths
         self._avals = tuple(jax.typeof(leaf) for leaf in self._tree.leaves)
-        self._compiled: dict[Hashable, _Compiled] = {}
-        call = Call.of(example_args, {})
-        body, out_structure, assumed = self._trace(self._avals, call, anywhere=True)
+        self.begin_anew()
+        call = self._calls.of(example_args, {})
+        check.known_sizes(call, "give example arguments whose sizes are numbers")
+        self._call = call.shapes
+        body, out_structure, self._assumed = self._trace(self._avals, call, anywhere=True)
         self._reduction = nothing(self._tree)
-        network = self._given = self._written(body, call)
+        network = self._given = self._written(body)
         check.outputs(network.body, network.known)
         if optimizer is not None:
             given = check.data(data, call.arrays)
@@ -169,27 +179,29 @@ class FrontContribution:
             self._reduction = nothing(self._tree, unasked(network, self._tree, exactness))
         self.contributions: dict[str, Any] = {}
         self._settle(body, call, out_structure)
-        if not assumed:
+        if not self._assumed:
             self._compiled[self._key(self._avals, call)] = self._example
-        reduced = self._reduction.reduce(self._tree.leaves, self.contributions)
-        self.params = jax.tree.unflatten(self._tree.structure, reduced)
+        self.params = jax.tree.unflatten(self._tree.structure, self._reduction.start())
         self._params_structure = jax.tree.structure(self.params)
         self._shapes = tuple(jnp.shape(x) for x in jax.tree.leaves(self.params))
 
     def _settle(self, body: Body, call: Call, out_structure: Any) -> None:
         """Plans the example with the weights that were chosen, or with all if that is refuted."""
-        trivial = self._reduction.is_trivial
-        network = self._given if trivial else self._written(body, call)
+        as_given = self._reduction.is_trivial and not self._reduction.unmoved
+        network = self._given if as_given else self._written(body)
         self._example = self._planned(network, out_structure, self._given)
         self.contributions = {
-            "constants": tuple(array for _, array in body.constants),
+            "constants": tuple(_plain(array) for _, array in body.constants),
             "frozen": self._tree.frozen,
             **self._reduction.contributions,
         }
         answer = self._refuted(self._example.plan, body, call.arrays)
         if answer is not None:
             changed = [leaf for leaf in range(len(self.paths)) if self._reduction.rule(leaf)]
-            self._reduction = nothing(self._tree, dict.fromkeys(changed, answer))
+            self._reduction = dataclasses.replace(
+                nothing(self._tree, dict.fromkeys(changed, answer)),
+                unmoved=self._reduction.unmoved,
+            )
             self._settle(body, call, out_structure)
 
     def _refuted(self, planned: Plan, body: Body, arguments: Sequence[Any]) -> str | None:
@@ -204,6 +216,11 @@ class FrontContribution:
             f"({found}): a fault of fcjax, please report it with this network"
         )
 
+    def begin_anew(self) -> None:
+        """Forgets what was traced and compiled."""
+        self._compiled: dict[Hashable, _Compiled] = {}
+        self._calls = Calls(self.apply_fn, self._tree.structure, self._avals)
+
     # --- the network ---
 
     def apply(self, params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
@@ -211,7 +228,10 @@ class FrontContribution:
 
         Args:
           params: parameters of the structure of ``fc.params``.
-          *args: what ``apply_fn`` takes; batch sizes need not be those of the example.
+          *args: what ``apply_fn`` takes; batch sizes need not be those of the example. Python
+            numbers are data, as for ``jax.jit``, unless ``apply_fn`` branches on them, makes shapes
+            of them or asks for their type; bools are flags. Sizes that are symbols, as in
+            ``jax.export``, are planned for nothing: the network runs as written.
           **kwargs: likewise.
 
         Returns:
@@ -219,8 +239,8 @@ class FrontContribution:
 
         Raises:
           FrontContributionError: if ``params`` has another structure or shapes, if this call reads
-            a compressed layer in another way than the example did, or if known inputs leave the
-            span of ``data``.
+            a compressed layer in another way than the example did, if known inputs leave the span
+            of ``data``, or if a size is a symbol and weights are folded along gradient flow.
 
         Example:
           >>> import jax.numpy as jnp, fcjax
@@ -229,7 +249,9 @@ class FrontContribution:
           (5, 3)
         """
         leaves = self._leaves(params, self.contributions["frozen"])
-        call = Call.of(args, kwargs)
+        call = self._calls.of(args, kwargs)
+        if call.is_symbolic:
+            return self._for_any_size(leaves, call)
         self._reduction.refuse_outside(call.arrays)
         running = self._reduction.running(leaves, self.contributions)
         compiled = self._compile(running, call)
@@ -238,6 +260,14 @@ class FrontContribution:
         sources = self._reduction.sources(self.contributions)
         constants = [array for _, array in compiled.body.constants]
         return compiled(running, call.arrays, sources, constants)
+
+    def _for_any_size(self, leaves: Sequence[Any], call: Call) -> PyTree:
+        """The network as written."""
+        if self._reduction.flows:  # their gradients are those of the reduced network
+            check.known_sizes(call, "export apply_fn, with the parameters of fc.expand")
+        full = self._reduction.expand(leaves, self.contributions)
+        args, kwargs = call.rebuild(call.arrays)
+        return self.apply_fn(jax.tree.unflatten(self._tree.structure, full), *args, **kwargs)
 
     def apply_with(
         self, params: PyTree, contributions: dict[str, tuple[Any, ...]], *args: Any, **kwargs: Any
@@ -254,7 +284,8 @@ class FrontContribution:
           what ``apply_fn`` returns.
 
         Raises:
-          FrontContributionError: if ``params`` has another structure or shapes.
+          FrontContributionError: if ``params`` has another structure or shapes, or if a size is a
+            symbol, as in ``jax.export``.
 
         Example:
           >>> import jax.numpy as jnp, fcjax
@@ -265,7 +296,8 @@ class FrontContribution:
           [[0.0, 2.0, 4.0]]
         """
         leaves = self._leaves(params, contributions["frozen"])
-        call = Call.of(args, kwargs)
+        call = self._calls.of(args, kwargs)
+        check.known_sizes(call, "use fc.apply")
         running = self._reduction.running(leaves, contributions)
         compiled = self._compile(running, call)
         own = {id(a): i for i, (_, a) in enumerate(self._example.body.constants)}
@@ -447,7 +479,7 @@ class FrontContribution:
         found = self._compiled.get(key)
         if found is None:
             body, out_structure, _ = self._trace(avals, call)
-            found = self._planned(self._written(body, call), out_structure)
+            found = self._planned(self._written(body), out_structure)
             if not any(isinstance(c, jax.core.Tracer) for _, c in found.body.constants):
                 self._compiled[key] = found
         return found
@@ -458,17 +490,16 @@ class FrontContribution:
         return aval if aval.shape == shape else jax.core.ShapedArray(shape, aval.dtype)
 
     def _key(self, avals: Sequence[Any], call: Call) -> Hashable:
-        of_call = tuple(jax.typeof(x) for x in call.arrays)
         precision = jax.config.values["jax_default_matmul_precision"]
         around = folds_always(), precision, compat.bound_axes()
-        return tuple(avals), of_call, call.static, around
+        return tuple(avals), call.key, around
 
     def _trace(
         self, avals: Sequence[Any], call: Call, *, anywhere: bool = False
-    ) -> tuple[Body, Any, tuple[str, ...]]:
+    ) -> tuple[Body, Any, dict[str, int]]:
         """The network on its original parameters, and the structure of what it returns.
 
-        With ``anywhere`` also outside mapped axes that it names; those come last.
+        With ``anywhere`` also outside mapped axes that it names; their assumed sizes come last.
         """
         flat = call.flattened(self.apply_fn, self._tree.structure)
         with check.tracing(call.arrays):
@@ -477,13 +508,27 @@ class FrontContribution:
             )
         return trace.flatten(jaxpr), jax.tree.structure(shapes), assumed
 
-    def _written(self, body: Body, call: Call) -> Written:
-        followed = self._reduction.followed
+    @functools.cached_property
+    def _given(self) -> Written:
+        """The network as it was given, traced for the example."""
+        body, *_ = self._trace(self._avals, self._call, anywhere=True)
+        return self._written(body, nothing(self._tree))
+
+    @functools.cached_property
+    def _example(self) -> "_Compiled":
+        """The plan for the example."""
+        body, out_structure, _ = self._trace(self._avals, self._call, anywhere=True)
+        return self._planned(self._written(body), out_structure, self._given)
+
+    def _written(self, body: Body, reduction: Reduction | None = None) -> Written:
+        reduction = reduction or self._reduction
+        without_gradient = reduction.followed | reduction.unmoved
         of_params = [
-            PARAM if trained and leaf not in followed else FROZEN
+            PARAM if trained and leaf not in without_gradient else FROZEN
             for leaf, trained in enumerate(self._tree.trained)
         ]
-        return written(body, [*of_params, *itertools.repeat(DATA, len(call.arrays))])
+        of_arguments = [DATA] * (len(body.inputs) - len(of_params))
+        return written(body, [*of_params, *of_arguments])
 
     def _planned(
         self, network: Written, out_structure: Any, original: Written | None = None
@@ -535,9 +580,8 @@ class FrontContribution:
         return of_network(body, kinds, self.paths, self._tree.leaves)
 
     def __str__(self) -> str:
-        text = reporting.text(self._example.plan, self._reduction)
-        unknown = any(isinstance(leaf, jax.core.Tracer) for leaf in self._tree.leaves)
-        if self._exactness == "discrete" or unknown:
+        text = reporting.text(self._example.plan, self._reduction, self._assumed)
+        if self._exactness == "discrete" or not all(map(check.is_known, self._tree.leaves)):
             return text
         return f"{text}\n\n{self._certificate()}"
 
@@ -570,6 +614,11 @@ class _Compiled:
     ) -> PyTree:
         outputs = self._run([*leaves, *arrays, *sources], constants)
         return jax.tree.unflatten(self._out_structure, outputs)
+
+
+def _plain(array: Any) -> Any:
+    """An array of numpy as such, not as jax wraps it in what it traces: that cannot be pickled."""
+    return array if isinstance(array, jax.Array) else np.asarray(array)
 
 
 def _tree(params: PyTree) -> Tree:

@@ -11,15 +11,23 @@ import optax
 from rich.console import Console
 from rich.progress import track
 
+from fcjax import check, taps
 from fcjax.errors import FrontContributionError
 from fcjax.names import path_name
+from fcjax.taps import combine, partition
+from fcjax.tracing.axes import unbound
 
 # A gradient that is zero in exact arithmetic comes out as the rounding error of the sums that
 # cancel. In units of eps times the network's largest gradient, biases before BatchNorm and key
 # biases before softmax stayed below 2, and every other leaf of the same networks above 60000, in
 # float32. In narrower types the two cannot be told apart, so float32's eps is used there, and no
-# leaf with a gradient is left out by mistake.
+# entry with a gradient is left out by mistake.
 _ROUNDING_UNITS = 64
+
+# What the gradients of an entry have been so far, on either side.
+_ZERO, _ROUNDING, _TRUE = 0, 1, 2
+
+_MOST_LEAVES = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +40,14 @@ class Verification:
       output_deviations: largest difference of the network's outputs in each step, relative to the
         largest output, shape `(steps,)`.
       param_deviations: largest difference of a weight after each update, relative to the largest
-        weight of its leaf, shape `(steps,)`. The leaves in `zero_gradient_leaves` are left out.
+        weight of its leaf, shape `(steps,)`. Entries whose gradients so far were rounding errors
+        are left out.
       zero_gradient_leaves: paths of the leaves whose gradient never rose above rounding error: a
         bias before BatchNorm, the bias of attention's keys, a leaf that is not used.
         Backpropagation gives them noise, which an optimizer such as Adam scales up to full steps;
         the outputs do not depend on them.
+      left_out: for each path of a leaf with such noise how many of its entries have it and how
+        many it has. Queries, keys and values that share a bias have it in the keys' third.
       params: the trained parameters, in the network's own structure, under `"backprop"` and `"fc"`.
     """
 
@@ -44,6 +55,7 @@ class Verification:
     output_deviations: np.ndarray
     param_deviations: np.ndarray
     zero_gradient_leaves: tuple[str, ...]
+    left_out: dict[str, tuple[int, int]]
     params: dict[str, Any] = dataclasses.field(repr=False)
 
     @property
@@ -94,10 +106,18 @@ class Verification:
         lines.append(
             f"largest relative deviation of the parameters: {self.max_param_deviation:.2e}"
         )
-        if self.zero_gradient_leaves:
-            lines.append("left out, because their gradient is zero up to rounding:")
-            lines.extend(f"  {path}" for path in self.zero_gradient_leaves)
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._left_out()])
+
+    def _left_out(self) -> list[str]:
+        if not self.left_out:
+            return []
+        lines = [
+            f"  {path}" if count == size else f"  {path}: {count} of {size} entries"
+            for path, (count, size) in self.left_out.items()
+        ]
+        more = [f"  and {len(lines) - _MOST_LEAVES} more"] if len(lines) > _MOST_LEAVES else []
+        title = "left out, because their gradient is zero up to rounding:"
+        return [title, *lines[:_MOST_LEAVES], *more]
 
     def _row(self, step: int) -> str:
         losses = "  ".join(f"{self.losses[name][step]:14.8g}" for name in ("backprop", "fc"))
@@ -130,14 +150,17 @@ def verify(
         `apply(params, ...)`.
       batches: the batches, any pytrees of arrays. One update is made on each; a new shape compiles
         anew.
-      optimizer: the optax optimizer that trains both.
+      optimizer: the optax optimizer that trains both. It is also given `value=`, `grad=` and
+        `value_fn=`, which line searches and learning rates by the loss want.
 
     Returns:
       A `Verification`; print it for a table.
 
     Raises:
       FrontContributionError: if there are no batches, the loss is not one real number, the loss
-        does not call `apply`, or the optimizer is no `optax.GradientTransformation`.
+        does not call `apply` or not inside the mapped axis that the network names, `fc.params`
+        have been donated, or the optimizer is no `optax.GradientTransformation` or wants yet other
+        arguments.
 
     Example:
       >>> import jax.numpy as jnp, optax, fcjax
@@ -154,126 +177,106 @@ def verify(
             f"optimizer must be an optax.GradientTransformation, such as optax.adam(1e-3), "
             f"but is a {type(optimizer).__name__}"
         )
+    check.kept(
+        fc.params,
+        "fc.params",
+        "verify starts from them: call it before training, or train a copy of them, "
+        "jax.tree.map(jnp.copy, fc.params)",
+    )
     params = fc.expand(fc.params)
     backprop = _Side(loss_fn, fc.apply_fn, params, optimizer)
-    front = _Side(loss_fn, fc.apply, fc.params, optimizer)
-    expand = jax.jit(fc.expand)
+    front = _Side(loss_fn, fc.apply, fc.params, optimizer, fc.expand)
 
-    output_deviations, param_deviations = [], []
+    output_deviations, param_deviations, seen = [], [], _never(params)
     for batch in _with_progress(batches):
         if not backprop.losses:
             _check_loss(loss_fn, fc.apply_fn, params, batch)
         output_deviations.append(np.max(_deviations(backprop.step(batch), front.step(batch))))
-        expanded = _partition(expand(front.params))[0]
-        param_deviations.append(_deviations(backprop.trainable_leaves, jax.tree.leaves(expanded)))
+        seen = _seen(seen, backprop.gradient, front.gradient)
+        weights = backprop.full, front.full
+        param_deviations.append(np.max(_deviations(*weights, seen), initial=0.0))
     if not output_deviations:
         raise FrontContributionError(
             "batches is empty: verify needs at least one batch to train on"
         )
-
-    is_noise = _noise_leaves(np.array(backprop.gradient_scales), params)
-    paths = [path_name(p) for p, _ in _leaves(params)]
+    noise = {path: (int(np.sum(of == _ROUNDING)), of.size) for path, of in _paths(params, seen)}
     return Verification(
         losses={"backprop": np.array(backprop.losses), "fc": np.array(front.losses)},
         output_deviations=np.array(output_deviations),
-        param_deviations=np.max(np.array(param_deviations)[:, ~is_noise], axis=1, initial=0.0),
-        zero_gradient_leaves=tuple(
-            path for path, noise in zip(paths, is_noise, strict=True) if noise
-        ),
+        param_deviations=np.array(param_deviations),
+        zero_gradient_leaves=tuple(p for p, of in _paths(params, seen) if not np.any(of == _TRUE)),
+        left_out={path: found for path, found in noise.items() if found[0]},
         params={"backprop": backprop.params, "fc": fc.expand(front.params)},
     )
 
 
 class _Side:
-    """One of the two trainings: parameters, optimizer state, and what was seen so far."""
+    """One of the two trainings.
 
-    def __init__(self, loss_fn, apply, params, optimizer):
-        self._trainable, self._frozen = _partition(params)
+    Attributes:
+      losses: the loss before each update so far.
+      full: the trainable leaves of the full parameters.
+      gradient: the last gradient by them, as far as it is known by what is trained.
+    """
+
+    def __init__(self, loss_fn, apply, params, optimizer, expand=lambda params: params):
+        self._trainable, self._frozen = partition(params)
         self._state = optimizer.init(self._trainable)
-        self._step = jax.jit(_training_step(loss_fn, apply, optimizer))
+        self._step = jax.jit(_training_step(loss_fn, apply, optimizer, expand))
         self.losses: list[float] = []
-        self.gradient_scales: list[np.ndarray] = []  # per step, the largest gradient of each leaf
-
-    @property
-    def trainable_leaves(self) -> list[jax.Array]:
-        return jax.tree.leaves(self._trainable)
+        self.full: list[jax.Array] = []
+        self.gradient: list[jax.Array] = []
 
     @property
     def params(self) -> Any:
-        return _combine(self._trainable, self._frozen)
+        """What is trained, and what is not."""
+        return combine(self._trainable, self._frozen)
 
     def step(self, batch: Any) -> list[jax.Array]:
         """One update; returns the network's outputs before it."""
-        self._trainable, self._state, loss, outputs, scales = self._step(
+        self._trainable, self._state, loss, outputs, self.full, self.gradient = self._step(
             self._trainable, self._frozen, self._state, batch
         )
         self.losses.append(float(loss))
-        self.gradient_scales.append(np.asarray(scales))
         return outputs
 
 
-def _training_step(loss_fn, apply, optimizer):
-    def step(trainable, frozen, state, batch):
-        def loss_of(trainable, slots):
-            tapped = _tapping(apply, iter(slots))
-            return loss_fn(tapped, _combine(trainable, frozen), batch)
+def _training_step(loss_fn, apply, optimizer, expand):
+    optimizer = optax.with_extra_args_support(optimizer)
 
-        slots = _output_slots(loss_fn, apply, _combine(trainable, frozen), batch)
+    def step(trainable, frozen, state, batch):
+        def full(trainable):
+            return jax.tree.leaves(partition(expand(combine(trainable, frozen)))[0])
+
+        def loss_of(trainable, given):
+            called = taps.tapped(apply, iter(given))
+            return loss_fn(called, combine(trainable, frozen), batch)
+
+        def value_fn(trainable):
+            return loss_fn(apply, combine(trainable, frozen), batch)
+
+        slots = taps.slots(loss_fn, apply, combine(trainable, frozen), batch)
         loss, (gradient, outputs) = jax.value_and_grad(loss_of, argnums=(0, 1))(trainable, slots)
-        updates, state = optimizer.update(gradient, state, trainable)
+        _, of_full = jax.jvp(full, (trainable,), (gradient,))
+        updates, state = _updates(optimizer, gradient, state, trainable, loss, value_fn)
         trainable = optax.apply_updates(trainable, updates)
-        return trainable, state, loss, jax.tree.leaves(outputs), _scales(gradient)
+        return trainable, state, loss, jax.tree.leaves(outputs), full(trainable), of_full
 
     return step
 
 
-# How the outputs get out of the loss. The loss may call `apply` inside jit, remat, vmap or scan,
-# where a tracer that is put aside is lost. So each call is given a slot of zeros, and `_tap`
-# declares the gradient with respect to the slot to be the output: it comes out with the gradients,
-# through any transformation.
-
-
-@jax.custom_vjp
-def _tap(outputs, slot):
-    del slot
-    return outputs
-
-
-def _tap_forward(outputs, slot):
-    del slot
-    return outputs, outputs
-
-
-def _tap_backward(outputs, cotangents):
-    return cotangents, outputs
-
-
-_tap.defvjp(_tap_forward, _tap_backward)
-
-
-def _tapping(apply, slots):
-    """`apply`, with each call's real-valued outputs tapped into the next slot."""
-
-    def tapped(*args, **kwargs):
-        trainable, other = _partition(apply(*args, **kwargs))
-        leaves, structure = jax.tree.flatten(trainable)
-        return _combine(jax.tree.unflatten(structure, _tap(leaves, next(slots))), other)
-
-    return tapped
-
-
-def _output_slots(loss_fn, apply, params, batch) -> list[list[jax.Array]]:
-    """Zeros of the shapes of the real-valued outputs of every call of `apply` in the loss."""
-    calls: list[list[jax.ShapeDtypeStruct]] = []
-
-    def noting(*args, **kwargs):
-        outputs = apply(*args, **kwargs)
-        leaves = jax.tree.leaves(_partition(outputs)[0])
-        calls.append([jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype) for leaf in leaves])
-        return outputs
-
-    jax.eval_shape(lambda p, b: loss_fn(noting, p, b), params, batch)
-    return [[jnp.zeros(leaf.shape, leaf.dtype) for leaf in call] for call in calls]
+def _updates(optimizer, gradient, state, trainable, loss, value_fn):
+    """The optimizer's updates, given what line searches and rates by the loss want to know."""
+    try:
+        return optimizer.update(
+            gradient, state, trainable, value=loss, grad=gradient, value_fn=value_fn
+        )
+    except TypeError as error:
+        if "required keyword-only argument" not in str(error):
+            raise
+        raise FrontContributionError(
+            f"the optimizer wants more than the value=, grad= and value_fn= of verify: {error}"
+        ) from error
 
 
 def _check_loss(loss_fn, apply, params, batch) -> None:
@@ -283,7 +286,16 @@ def _check_loss(loss_fn, apply, params, batch) -> None:
         called.append(True)
         return apply(*args, **kwargs)
 
-    loss = jax.eval_shape(lambda p, b: loss_fn(noting, p, b), params, batch)
+    try:
+        loss = jax.eval_shape(lambda p, b: loss_fn(noting, p, b), params, batch)
+    except NameError as error:
+        if unbound(error) is None:
+            raise
+        raise FrontContributionError(
+            f"the network names the mapped axis {unbound(error)!r}: call apply inside of it in "
+            f"loss_fn, as by jax.vmap(..., axis_name={unbound(error)!r}), mapped over as many "
+            "devices as in training, since the plan depends on it"
+        ) from error
     if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
         found = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", loss)
         raise FrontContributionError(
@@ -297,59 +309,56 @@ def _check_loss(loss_fn, apply, params, batch) -> None:
         )
 
 
-def _is_trainable(leaf: Any) -> bool:
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    return jnp.issubdtype(dtype, jnp.inexact)
+# --- what is compared ---------------------------------------------------------------------------
 
 
-def _partition(tree: Any) -> tuple[Any, Any]:
-    """The tree's inexact leaves and its other leaves, each with `None` in the other's places."""
-    trainable = jax.tree.map(lambda leaf: leaf if _is_trainable(leaf) else None, tree)
-    other = jax.tree.map(lambda leaf: None if _is_trainable(leaf) else leaf, tree)
-    return trainable, other
+def _paths(params: Any, leaves: list[Any]) -> list[tuple[str, Any]]:
+    """The paths of the inexact leaves, with what is known of each."""
+    paths = jax.tree_util.tree_leaves_with_path(partition(params)[0])
+    return [(path_name(path), np.asarray(x)) for (path, _), x in zip(paths, leaves, strict=True)]
 
 
-def _combine(trainable: Any, other: Any) -> Any:
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, trainable, other, is_leaf=lambda leaf: leaf is None
-    )
+def _never(params: Any) -> list[jax.Array]:
+    leaves = jax.tree.leaves(partition(params)[0])
+    return [jnp.full(jnp.shape(leaf), _ZERO, jnp.int8) for leaf in leaves]
 
 
-def _leaves(params: Any) -> list[tuple[Any, Any]]:
-    """The inexact leaves, with their paths."""
-    return jax.tree_util.tree_leaves_with_path(_partition(params)[0])
+@jax.jit
+def _seen(
+    before: list[jax.Array], backprop: list[jax.Array], front: list[jax.Array]
+) -> list[jax.Array]:
+    """What the gradients have been so far, after one more step."""
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g), initial=0.0) for g in backprop]))
+    found = []
+    for seen, *both in zip(before, backprop, front, strict=True):
+        eps = min(float(jnp.finfo(both[0].dtype).eps), float(jnp.finfo(jnp.float32).eps))
+        rounding = _ROUNDING_UNITS * eps * largest
+        for gradient in both:
+            # what is not finite is no rounding either
+            now = jnp.where(jnp.abs(gradient) <= rounding, _ROUNDING, _TRUE)
+            seen = jnp.maximum(seen, jnp.where(gradient == 0, _ZERO, now).astype(jnp.int8))
+        found.append(seen)
+    return found
 
 
-def _scales(tree: Any) -> jax.Array:
-    """Largest magnitude in each leaf."""
-    return _stacked([jnp.max(jnp.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(tree)])
-
-
-def _relative(reference: jax.Array, other: jax.Array) -> jax.Array:
-    """Largest difference relative to the largest reference value."""
+def _relative(reference: jax.Array, other: jax.Array, counts: Any) -> jax.Array:
+    """Largest difference among what counts, relative to the largest reference value."""
     scale = jnp.max(jnp.abs(reference), initial=0.0)
     # Below this scale a value is compared absolutely, so that zero against rounding error stays
     # small.
     floor = jnp.finfo(reference.dtype).eps
-    return jnp.max(jnp.abs(reference - other), initial=0.0) / jnp.maximum(scale, floor)
+    difference = jnp.where(counts, jnp.abs(reference - other), 0.0)
+    return jnp.max(difference, initial=0.0) / jnp.maximum(scale, floor)
 
 
 @jax.jit
-def _deviations(reference: list[jax.Array], other: list[jax.Array]) -> jax.Array:
-    """The relative deviation of each leaf."""
-    return _stacked([_relative(a, b) for a, b in zip(reference, other, strict=True)])
-
-
-def _stacked(scalars: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.asarray(scalar, jnp.result_type(float)) for scalar in scalars])
-
-
-def _noise_leaves(gradient_scales: np.ndarray, params: Any) -> np.ndarray:
-    """Which leaves never rose above rounding error, from scales of shape `(steps, leaves)`."""
-    eps = np.array([float(jnp.finfo(leaf.dtype).eps) for _, leaf in _leaves(params)])
-    largest = np.max(gradient_scales, axis=1, keepdims=True)
-    threshold = _ROUNDING_UNITS * np.minimum(eps, np.finfo(np.float32).eps) * largest
-    return np.all(gradient_scales <= threshold, axis=0)
+def _deviations(
+    reference: list[jax.Array], other: list[jax.Array], seen: list[jax.Array] | None = None
+) -> jax.Array:
+    """The relative deviation of each leaf, without entries whose gradients are rounding errors."""
+    counts = [True] * len(reference) if seen is None else [x != _ROUNDING for x in seen]
+    rows = zip(reference, other, counts, strict=True)
+    return jnp.stack([jnp.asarray(_relative(*row), jnp.result_type(float)) for row in rows])
 
 
 def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:

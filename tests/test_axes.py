@@ -192,6 +192,67 @@ def test_a_call_outside_the_axis_is_refused():
         fc.apply(fc.params, variables()[1], X[0])
 
 
+def test_the_printed_plan_is_that_of_several_devices():
+    params, statistics = variables()
+    outside = str(fcjax.front_contribute(apply_with(AXIS), params, statistics, X[0])).splitlines()
+    note = "planned as if inside the mapped axis 'batch' of size 2; a call plans for its own axes"
+    (line,) = [line for line in outside if line.startswith(note)]
+    outside.remove(line)
+    inside = []
+
+    def made(x):
+        inside.extend(
+            str(fcjax.front_contribute(apply_with(AXIS), params, statistics, x)).split("\n")
+        )
+        return x
+
+    jax.vmap(made, axis_name=AXIS)(X[:2])
+    assert outside == inside
+
+
+def test_what_cannot_be_traced_with_two_devices_is_with_one():
+    def scattered(params, x):
+        return jax.lax.psum_scatter(x @ params, AXIS, tiled=True)
+
+    w, x = weights((5, 4))[0], np.ones((DEVICES, 3 * DEVICES, 5))
+    fc = fcjax.front_contribute(scattered, w, x[0, :3])
+    assert "'batch' of size 1" in str(fc)
+    found, expected = (jax.vmap(f, (None, 0), axis_name=AXIS)(w, x) for f in (fc.apply, scattered))
+    assert relative_deviation(found, expected) < 1e-12
+
+
+def mapped_loss(apply, params, batch):
+    """The loss of all devices, for `verify`."""
+    _, statistics = variables()
+    one = lambda x, target: loss(apply, params, statistics, x, target)[0]  # noqa: E731
+    return jax.vmap(one, axis_name=AXIS)(*batch).mean()
+
+
+@pytest.mark.parametrize("devices", [1, 2, DEVICES])
+def test_verify_compares_the_plan_that_runs_inside_the_axis(devices):
+    params, statistics = variables()
+    batches = [(X[:devices], TARGET[:devices])] * 3
+    with always_fold():
+        fc = fcjax.front_contribute(apply_with(AXIS), params, statistics, X[0])
+        made = set(fc._compiled)
+        result = fcjax.verify(fc, mapped_loss, batches, optax.adam(1e-2))
+        (key,) = set(fc._compiled) - made
+    assert ((AXIS, devices),) in key[-1]
+    assert result.max_output_deviation < 1e-9
+    assert result.max_param_deviation < 1e-9
+
+
+def test_verify_outside_the_axis_says_what_to_do():
+    params, statistics = variables()
+    fc = fcjax.front_contribute(apply_with(AXIS), params, statistics, X[0])
+
+    def loss_fn(apply, params, batch):
+        return loss(apply, params, statistics, *batch)[0]
+
+    with pytest.raises(FrontContributionError, match="call apply inside of it in loss_fn"):
+        fcjax.verify(fc, loss_fn, [(X[0], TARGET[0])], optax.sgd(0.1))
+
+
 def test_what_needs_an_axis_of_a_certain_size_is_made_inside_it():
     def scattered(params, x):
         return jax.lax.psum_scatter(x @ params, AXIS)

@@ -80,7 +80,8 @@ def law_values(laws, leaves):
         blocks, size = group.symmetry.mixing
         total = 0.0
         for place in group.symmetry.places:
-            rows = place.rows(leaves[place.leaf]).reshape(blocks, size, -1)
+            rows = place.rows(leaves[place.leaf])
+            rows = rows.reshape(blocks, size, rows.shape[-1])
             total = total + float(place.charge) * (rows @ rows.transpose(0, 2, 1))
         found.append(total[:, *np.triu_indices(size)].ravel())
     return np.concatenate(found)
@@ -115,6 +116,33 @@ def test_brute_force(seed):
     assert found.hidden == sum(sizes[leaf] for leaf in laws._hidden)
     assert found.hidden == sum(row.size for row in found.layers)
     assert found.determined == (brute_force(laws, params) if len(laws) else 0)
+
+
+EMPTY = [
+    (0, 3, 2),
+    (2, 0, 2),
+    (2, 3, 0),
+    (0, 0, 1),
+    (2, 3, 0, 2),
+    (2, 0, 3, 2),
+    (1, 3, 3, 0),
+    (0,) * 4,
+]
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("sizes", EMPTY)
+def test_layers_of_no_units(sizes, act, biases):
+    acts = [ACTS[act]] * (len(sizes) - 2)
+    apply_fn, params, x = dense(np.random.default_rng(0), sizes, acts, biases)
+    laws = fcjax.conservation_laws(apply_fn, params, x)
+    assert len(laws) == len(laws.names) == laws.values(params).size
+    assert laws.certificate().determined == (brute_force(laws, params) if len(laws) else 0)
+    gradient = jax.grad(law_networks.scalar_loss(apply_fn, (x,)))(params)
+    flow = jax.jvp(laws.values, (params,), (gradient,))[1]
+    np.testing.assert_allclose(flow, 0.0, atol=1e-12)
+    assert "inf" not in str(laws)
 
 
 def test_hidden_weights_are_those_before_the_final_layer():

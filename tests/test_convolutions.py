@@ -651,8 +651,8 @@ def test_what_is_no_convolution_is_refused(message):
 
 RULE_REFUSED = {
     "accumulates in another dtype": lambda x: lax.conv_general_dilated(
-        x.astype(jnp.float32), x.astype(jnp.float32), (1,), "VALID",
-        preferred_element_type=jnp.float64),
+        x.astype(jnp.int8), x.astype(jnp.int8), (1,), "VALID",
+        preferred_element_type=jnp.int32),
     "something else than zeros": lambda x: lax.pad(x, 1.0, [(1, 1, 0)] * 3),
 }  # fmt: skip
 

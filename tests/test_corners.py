@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
@@ -266,6 +267,32 @@ NOTHING = {
 @pytest.mark.parametrize("name", NOTHING)
 def test_values_of_which_nothing_is_left(name, rows, forced):
     checked(NOTHING[name], {"w": normal(4, 2), "b": normal(2)}, normal(rows, 4), forced=forced)
+
+
+NOTHING_BEFORE_A_LOOP = {
+    "w0": normal(2, 3), "w1": normal(3, 2, 20, seed=1), "w2": normal(3, 20, 3, seed=2)
+}  # fmt: skip
+
+
+def into_a_loop(p, x):
+    z = x @ p["w0"]
+    return lax.scan(lambda h, w: (x @ w[0] @ w[1], None), z - z, (p["w1"], p["w2"]))[0]
+
+
+@pytest.mark.parametrize(
+    ("fn", "params"),
+    [
+        (lambda p, x: x @ p["w0"] - x @ p["w0"], {"w0": normal(2, 2)}),
+        (into_a_loop, NOTHING_BEFORE_A_LOOP),
+    ],
+    ids=["result", "carry"],
+)
+def test_the_width_of_a_value_that_cancels_is_not_compressed(fn, params):
+    x = normal(5, 2)
+    fc = fcjax.front_contribute(fn, params, x, optimizer=optax.sgd(0.1))
+    assert not fc.plan.refuted
+    assert fc.params["w0"].shape == params["w0"].shape
+    np.testing.assert_allclose(fc.apply(fc.params, x), fn(params, x), atol=1e-12)
 
 
 @pytest.mark.parametrize("number", [0, 2, 3, -1, -4])

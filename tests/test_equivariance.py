@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -388,6 +390,77 @@ def test_a_state_that_changes_its_dtype():
 
     optimizer = optax.GradientTransformation(lambda _: jnp.zeros((), jnp.float32), update)
     assert experiment(optimizer, *dense(), rho=False).exact
+
+
+def test_a_state_that_changes_its_type_with_every_step_is_not_judged():
+    def update(gradient, state, params=None):
+        return gradient, state.astype(jnp.float32 if state.dtype == jnp.float64 else jnp.float64)
+
+    optimizer = optax.GradientTransformation(lambda _: jnp.zeros(()), update)
+    verdict = experiment(optimizer, *dense(), rho=False)
+    assert "TypeError: its state has other types after every step" in verdict.reason
+
+
+# What it costs.
+
+
+def test_experiments_compile_nothing(caplog):
+    with jax.log_compiles():
+        assert experiment(optax.adam(RATE), *dense(aligned(SHRINKS)), rho=False).exact
+        assert not experiment(contrib.muon(RATE), *dense(), rho=False).exact
+        assert "Compiling" not in caplog.text
+        jax.jit(lambda x: x + 1)(1.0)
+        assert "Compiling" in caplog.text
+
+
+def counted(calls):
+    """Gradient descent that notes when it is asked for its updates."""
+    return elementwise(lambda x: calls.append(x.shape) or x)
+
+
+def test_verdicts_are_remembered():
+    calls = []
+    optimizer = counted(calls)
+    first = experiment(optimizer, *dense(), rho=False)
+    made = len(calls)
+    assert experiment(optimizer, *dense(), rho=False) == first
+    assert len(calls) == made
+
+
+@pytest.mark.parametrize("other", ["optimizer", "structure", "changes", "rho"])
+def test_a_verdict_is_remembered_for_nothing_else(other):
+    calls, structure, changes, rho = [], *dense(), False
+    optimizer = counted(calls)
+    experiment(optimizer, structure, changes, rho=rho)
+    made = len(calls)
+    match other:
+        case "optimizer":
+            optimizer = counted(calls)
+        case "structure":
+            structure = jax.tree.structure([0, 0])
+        case "changes":
+            changes = [Stays((63,)), changes[1]]
+        case "rho":
+            rho = True
+    experiment(optimizer, structure, changes, rho=rho)
+    assert len(calls) > made
+
+
+def test_an_optimizer_without_a_hash_is_tried_every_time():
+    @dataclasses.dataclass  # which compares its attributes, and so has no hash
+    class Update:
+        calls: list
+
+        def __call__(self, gradient, state, params=None):
+            self.calls.append(True)
+            return gradient, state
+
+    update = Update([])
+    optimizer = optax.GradientTransformation(lambda _: (), update)
+    for _ in range(2):
+        update.calls.clear()
+        assert experiment(optimizer, *dense(), rho=False).exact
+        assert update.calls
 
 
 # What is said.

@@ -11,7 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flow_networks import NETWORKS, Network, chain, normal, same_product, unbalanced, vectors
+from flow_networks import (
+    NETWORKS,
+    Network,
+    chain,
+    network,
+    normal,
+    product,
+    relu,
+    same_product,
+    unbalanced,
+    vectors,
+)
 
 import fcjax
 from fcjax.errors import FrontContributionError, NotFoldableError
@@ -105,6 +116,26 @@ def test_deviation_from_sgd_halves_with_the_learning_rate(name):
         assert found[-1] < found[0] / 8, found
     else:
         assert all(1.7 < ratio < 2.3 for ratio in ratios), (found, ratios)
+
+
+def test_at_kinks_the_deviation_is_uneven_and_of_the_size_of_sgds_own():
+    """A gate that flips a step earlier parts SGD from gradient flow, and the fold from SGD."""
+
+    def apply(p, x):
+        return relu(product(p["chain"], x)) * p["u"] * p["v"] @ p["out"]
+
+    u, v = vectors(2, 5)
+    params = {"chain": chain(6, 8, 5, seed=2), "out": normal(5, 2, scale=0.5, seed=2)}
+    one = network(apply, params | {"u": u, "v": v}, 6, 2, "chain/0", "u", time=4.0)
+    fc, rates = folded(one), RATES[:3]
+    assert away(fc) == one.folded
+    runs = trained(one, apply, one.params, sgd, [*rates, rates[-1] / 16])
+    *plain, flow = (apply(p, one.x) for p, _ in runs)
+    closed = [fc.apply(p, one.x) for p, _ in trained(one, fc.apply, fc.params, sgd, rates)]
+    found = [float(jnp.linalg.norm(a - b)) for a, b in zip(plain, closed, strict=True)]
+    own = [float(jnp.linalg.norm(a - flow)) for a in plain]
+    assert not all(1.7 < a / b < 2.3 for a, b in itertools.pairwise(found)), found
+    assert all(a < b for a, b in zip(found, own, strict=True)), (found, own)
 
 
 @pytest.mark.long
@@ -334,6 +365,16 @@ def reason(network, path, optimizer=SGD, **options):
     row = rows(folded(network, optimizer, **options))[path]
     assert row.rule != "fold", row
     return row.reason
+
+
+@pytest.mark.parametrize("rebalance", [False, True])
+def test_a_chain_whose_product_has_no_entries_is_not_folded(rebalance):
+    shapes = [(3, 4), (4, 4), (4, 0)]
+    params = [jnp.asarray(np.random.default_rng(0).normal(size=shape)) for shape in shapes]
+    empty = Network(lambda p, x: product(p, x), params, jnp.ones((5, 3)), None, ())
+    fc = folded(empty, rebalance=rebalance)
+    assert {row.rule for row in fc.report} == {"collapse"}
+    assert fc.apply(fc.params, empty.x).shape == (5, 0)
 
 
 def test_unbalanced_chain_is_refused_with_the_violation():

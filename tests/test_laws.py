@@ -176,6 +176,18 @@ def test_the_table_lists_layers_counts_ranges_and_ranks():
     assert repr(laws) == "ConservationLaws(6 laws in 2 groups)"
 
 
+def test_params_that_were_donated():
+    apply_fn, params, x = mlp()
+    laws = fcjax.conservation_laws(apply_fn, params, x)
+    trained = jax.jit(lambda p: jax.tree.map(lambda w: 2 * w, p), donate_argnums=0)(params)
+    assert str(laws) == "fcjax: 6 laws of gradient flow, of params without known values"
+    with pytest.raises(
+        fcjax.FrontContributionError, match=r"have been donated.*pass others as params="
+    ):
+        laws.rank()
+    assert laws.rank(trained) == (6, 24)
+
+
 def test_groups_with_one_name_are_numbered():
     """Two hidden layers between the same layers, by name."""
     rng = np.random.default_rng(0)

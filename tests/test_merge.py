@@ -238,11 +238,11 @@ CONVOLUTIONS = {
     "rep_vgg_inference": [(3, 3, 3, 3), (3,)] * 2,
     "diverse_branches": [(3, 3, 3, 3), (3,)],
     "ac_net": [(3, 3, 3, 3), (3,)],
-    "mobile_one": [(3, 3, 3), (3, 3)],
+    "mobile_one": [(3, 3, 1, 3), (3, 3)],
     "expand_net": [(3, 3, 3, 3), (3,)] * 2,
     "expand_net_valid": [(5, 5, 3, 3), (3,)],
     "res_net_bottleneck_inference": [(3, 3), (3,), (3, 3, 3, 3), (3,), (3, 12), (3, 12), (12,)],
-    "inverted_bottleneck_inference": [(3, 18), (18,), (3, 3, 18), (18,), (18, 3), (3,)],
+    "inverted_bottleneck_inference": [(3, 18), (18,), (3, 3, 1, 18), (18,), (18, 3), (3,)],
     "conv_next": [(7, 7, 1, 3), (3,), (3, 12), (12,), (12, 3), (3,)],
 }
 
@@ -558,14 +558,6 @@ def test_params_of_another_dtype_are_refused():
     changed = zoo.cast(merged.params, jnp.float32)
     with pytest.raises(FrontContributionError, match=r"merged params 0\+1/kernel is float32"):
         merged.apply(changed, normal(8, 4))
-
-
-def test_symbolic_sizes_are_refused():
-    _, merged = two_layers()
-    (rows,) = jax.export.symbolic_shape("rows")
-    like = jax.ShapeDtypeStruct((rows, 4), jnp.float64)
-    with pytest.raises(FrontContributionError, match="symbolic shape"):
-        jax.export.export(jax.jit(merged.apply))(merged.params, like)
 
 
 def test_a_call_that_reads_the_parameters_in_another_way_is_refused():

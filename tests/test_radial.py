@@ -272,3 +272,21 @@ def test_refresh_and_track_drift_say_what_they_are_for():
         fcjax.track_drift(fc, RATE)
     with pytest.raises(FrontContributionError, match="another structure"):
         fc.refresh(params[:1])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_units_without_weights_stay_without(seed):
+    """Their squared norm is the difference of two equal numbers, which rounding makes negative."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "w0": jnp.zeros((1, 2)),
+        "w1": jnp.asarray(rng.standard_normal(2)),
+        "w2": jnp.asarray(rng.standard_normal(2)),
+    }
+    fc = fcjax.front_contribute(
+        lambda p, x: x @ p["w0"] * p["w1"] * p["w2"], params, jnp.ones((3, 1)),
+        optimizer=optax.sgd(RATE), exactness="approximate",
+    )  # fmt: skip
+    assert fc.params["w0"] is None
+    for a, b in zip(*map(jax.tree.leaves, (fc.expand(fc.params), params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)

@@ -16,6 +16,7 @@ import fcjax
 from fcjax.errors import RefutedError
 from fcjax.expressions import algebra, deviations, windowed
 from fcjax.laws import symmetries
+from fcjax.merging import forming
 from fcjax.numbers.interpreter import values_of
 from fcjax.planning import rowwise
 from fcjax.planning.plan import always_fold
@@ -25,7 +26,10 @@ from fcjax.rules.reduction import Reduction
 from fcjax.running import evaluate, numerics, program
 from fcjax.validation.plans import RAISE
 
-SHAPES = {"a": (8, 16), "b": (16, 4), "c": (4, 3), "d": (4, 8), "e": (16, 8), "g": (8,)}
+SHAPES = {
+    "a": (8, 16), "b": (16, 4), "c": (4, 3), "d": (4, 8), "e": (16, 8), "g": (8,),
+    "up": (3, 8, 16), "down": (3, 16, 8),
+}  # fmt: skip
 PARAMS = {name: normal(*shape, scale=0.3) for name, shape in SHAPES.items()}
 X = normal(6, 8)
 
@@ -55,6 +59,11 @@ def streamed(p, x):
 
 def looped(p, x):
     return lax.scan(lambda h, _: (jnp.tanh(h @ p["a"] @ p["b"] @ p["d"]), None), x, None, 5)[0]
+
+
+def layered(p, x):
+    layers = (p["up"], p["down"])
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w[0] @ w[1]), None), x, layers)[0]
 
 
 def rematerialised(p, x):
@@ -267,6 +276,39 @@ def narrowed(reached):
         for basis in reached.bases
     )
     return dataclasses.replace(reached, bases=bases)
+
+
+# --- merging ---
+
+# Where effective weights of a merged network can be wrong: (network, object, name).
+MISFORMED = {
+    "a matrix": (chain, forming.Formed, "compute"),
+    "behind a norm": (normed, forming.Formed, "compute"),
+    "a product": (sliced, evaluate, "product_of"),
+    "inside a loop": (layered, forming.Formed, "compute"),
+}
+
+
+@pytest.mark.parametrize("fault", MISFORMED)
+def test_wrong_effective_weights_are_left_out_with_a_warning(fault, declined, monkeypatch):
+    network, place, name = MISFORMED[fault]
+    expected = values_of(network, PARAMS, X)
+    right = getattr(place, name)
+    how = enlarged(right) if place is evaluate else lambda *args: right(*args) * 1.01
+    with always_fold():
+        assert fcjax.merge(network, PARAMS, X).reason is None
+        monkeypatch.setattr(place, name, how)
+        with pytest.warns(UserWarning, match=r"refuted effective weights.*off by 0\.0"):
+            merged = fcjax.merge(network, PARAMS, X)
+        found = values_of(merged.apply, merged.params, X)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_wrong_effective_weights_are_an_error_where_the_environment_asks(monkeypatch):
+    right = forming.Formed.compute
+    monkeypatch.setattr(forming.Formed, "compute", lambda *args: right(*args) * 1.01)
+    with always_fold(), pytest.raises(RefutedError, match=r"off by 0\.0"):
+        fcjax.merge(chain, PARAMS, X)
 
 
 # --- laws ---

@@ -184,6 +184,145 @@ def test_leaves_without_true_gradient_are_named_and_left_out():
     assert "layer/bias" in str(result)
 
 
+def attention(params, x):
+    """Attention whose queries, keys and values share one bias; the keys' part has no gradient."""
+    q, k, v = jnp.split(x @ params["kernel"] + params["bias"], 3, axis=-1)
+    weights = jax.nn.softmax(q @ jnp.swapaxes(k, -1, -2), where=jnp.tri(len(q), dtype=bool))
+    return weights @ v @ params["out"]
+
+
+def attention_params():
+    params = {"kernel": jax.random.normal(jax.random.key(2), (3, 24)), "bias": jnp.ones(24)}
+    return params | {"out": mlp_params()["w2"]}
+
+
+def test_entries_without_true_gradient_are_told_from_the_others_of_their_leaf():
+    def otherwise_rounded(params, x):
+        return attention(params | {"kernel": params["kernel"][::-1]}, x[:, ::-1])
+
+    fc = Altered(attention, attention_params(), lambda y: y)
+    object.__setattr__(fc, "apply", otherwise_rounded)
+    optimizer = optax.adam(1e-2, eps=1e-30)
+    result = fcjax.verify(fc, squared_error, make_batches(20, rows=16), optimizer)
+    assert result.zero_gradient_leaves == ()
+    assert result.left_out == {"bias": (8, 24)}
+    assert "  bias: 8 of 24 entries" in str(result)
+    assert result.max_param_deviation < 1e-3
+    bias = [np.asarray(result.params[side]["bias"]) for side in ("backprop", "fc")]
+    assert np.max(np.abs(bias[0] - bias[1])[8:16]) > 1e-2  # or there would be nothing to leave out
+
+
+def rows_of_a_table(params, rows):
+    return params["table"][rows] @ params["out"]
+
+
+def table_params():
+    return {"table": jax.random.normal(jax.random.key(3), (6, 8)), "out": mlp_params()["w2"]}
+
+
+def table_batches():
+    return [(jnp.array([0, 1, 1, 4]), jnp.ones((4, 2)))] * STEPS
+
+
+def test_a_gradient_where_there_is_none_is_measured():
+    def stray(params, rows):
+        idle = params["table"][5].sum()  # no batch reads this row
+        return rows_of_a_table(params, rows) + idle - jax.lax.stop_gradient(idle)
+
+    fc = Altered(rows_of_a_table, table_params(), lambda y: y)
+    object.__setattr__(fc, "apply", stray)
+    result = fcjax.verify(fc, squared_error, table_batches(), optax.sgd(0.1))
+    assert result.max_output_deviation < rounding()
+    assert result.max_param_deviation > 1e-2
+
+
+def test_weights_without_any_gradient_are_compared():
+    fc = Altered(rows_of_a_table, table_params(), lambda y: y)
+    object.__setattr__(fc, "expand", lambda p: p | {"table": p["table"].at[5].set(1.0)})
+    decay = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1))
+    result = fcjax.verify(fc, squared_error, table_batches(), decay)
+    assert result.left_out == {}
+    assert result.param_deviations[-1] > 1e-2
+
+
+def test_only_the_first_leaves_that_are_left_out_are_printed():
+    paths = {f"layer_{i}": (3, 3) for i in range(14)}
+    result = fcjax.verify(identical(), squared_error, make_batches(1), optax.sgd(0.1))
+    lines = str(dataclasses.replace(result, left_out=paths)).splitlines()
+    assert lines[-2:] == ["  layer_9", "  and 4 more"]
+
+
+def plain_loop(optimizer, steps=STEPS):
+    """Losses of a training loop that gives the optimizer all that optax's may want."""
+    params = mlp_params()
+    state, losses = optimizer.init(params), []
+
+    @jax.jit
+    def step(params, state, batch):
+        value_fn = lambda p: squared_error(mlp, p, batch)  # noqa: E731
+        loss, gradient = jax.value_and_grad(value_fn)(params)
+        more = {"value": loss, "grad": gradient, "value_fn": value_fn}
+        updates, state = optimizer.update(gradient, state, params, **more)
+        return optax.apply_updates(params, updates), state, loss
+
+    for batch in make_batches(steps):
+        params, state, loss = step(params, state, batch)
+        losses.append(loss)
+    return losses
+
+
+BY_THE_LOSS = {
+    "plateau": optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)),
+    "polyak": optax.polyak_sgd(0.1),
+    "momo": optax.contrib.momo(0.1),
+    "line search": optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(8)),
+}
+
+
+@pytest.mark.parametrize("name", BY_THE_LOSS)
+def test_optimizers_that_want_the_loss(name):
+    optimizer = BY_THE_LOSS[name]
+    fc = fcjax.front_contribute(mlp, mlp_params(), jnp.ones((5, 3)))
+    result = fcjax.verify(fc, squared_error, make_batches(), optimizer)
+    np.testing.assert_allclose(result.losses["backprop"], plain_loop(optimizer), rtol=1e-9)
+    assert result.max_param_deviation < 1e-9
+
+
+def test_lbfgs():
+    fc = Altered(lambda w, x: x @ w, jnp.ones((3, 2)), lambda y: y)
+    optimizer = optax.lbfgs(memory_size=1, linesearch=optax.scale_by_zoom_linesearch(2))
+    result = fcjax.verify(fc, squared_error, make_batches(1) * 3, optimizer)
+    assert result.losses["backprop"][-1] < 0.5 * result.losses["backprop"][0]
+    assert result.max_param_deviation < rounding()
+
+
+def test_optimizers_that_want_yet_more():
+    def update(updates, state, params=None, *, hessian, **_):
+        return updates, state
+
+    optimizer = optax.GradientTransformationExtraArgs(lambda _: (), update)
+    with pytest.raises(FrontContributionError, match=r"wants more than the value=.*'hessian'"):
+        fcjax.verify(identical(), squared_error, make_batches(), optimizer)
+
+
+def test_a_type_error_of_the_optimizer_passes():
+    optimizer = optax.stateless(lambda updates, _: updates + 1)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        fcjax.verify(identical(), squared_error, make_batches(), optimizer)
+
+
+def test_params_that_were_donated():
+    fc = fcjax.front_contribute(mlp, mlp_params(), jnp.ones((5, 3)))
+    step = jax.jit(lambda p: jax.tree.map(lambda w: 2 * w, p), donate_argnums=0)
+    trained = step(jax.tree.map(jnp.copy, fc.params))
+    assert fcjax.verify(fc, squared_error, make_batches(), optax.sgd(0.1)).max_param_deviation < 1
+    step(fc.params)
+    assert str(fc)
+    with pytest.raises(FrontContributionError, match=r"fc\.params have been donated.*train a copy"):
+        fcjax.verify(fc, squared_error, make_batches(), optax.sgd(0.1))
+    assert fc.apply(trained, jnp.ones((5, 3))).shape == (5, 2)
+
+
 def test_integer_leaves_are_carried_along():
     params = mlp_params() | {"steps": jnp.arange(2), "key": jax.random.key(3)}
     fc = Altered(lambda p, x: mlp(p, x) * p["steps"][1], params, lambda y: y)

@@ -87,12 +87,14 @@ def _product(
 
 
 def _scales(small: Term, large: Term, free: frozenset[Label]) -> bool:
-    """Whether the data in ``small`` is a statistic of coarser shape, such as a row's norm."""
-    data = [
-        frozenset().union(*(f.labels for f in t.factors if f.is_data)) & free
-        for t in (small, large)
-    ]
-    return data[0] < data[1]
+    """Whether the data in ``small`` is a statistic of coarser shape, such as a row's norm.
+
+    A number scales anything with axes, also a single row, whose own axis has no label.
+    """
+    own, other = ([f for f in t.factors if f.is_data] for t in (small, large))
+    labels = [frozenset[Label]().union(*(f.labels for f in fs)) for fs in (own, other)]
+    number = all(not f.leaf.shape for f in own) and any(f.leaf.shape for f in other)
+    return number or labels[0] & free < labels[1] & free
 
 
 def _same(a: Expr, b: Expr) -> bool:

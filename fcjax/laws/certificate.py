@@ -279,8 +279,9 @@ def _differentiate(
 def _splits(matrix: Array, rows: Array) -> bool:
     """See ``_Relations._is_split``; both have one row for each unit."""
     left, values, _ = np.linalg.svd(matrix)
-    values = values[values > TOLERANCE * values[0]]
-    distinct = np.all(-np.diff(values) > TOLERANCE * values[0])
+    limit = TOLERANCE * np.max(values, initial=0.0)
+    values = values[values > limit]
+    distinct = np.all(-np.diff(values) > limit)
     met = left.T @ rows
     each = np.linalg.norm(met[: len(values)], axis=1)
     null = met[len(values) :]

@@ -248,7 +248,8 @@ class ConservationLaws:
           params: at which parameters; the initial ones by default.
 
         Raises:
-          FrontContributionError: if ``params`` has another structure or shapes, or no known values.
+          FrontContributionError: if ``params`` has another structure or shapes, or no known values,
+            or if the initial ones are asked for and have been donated.
         """
         leaves = self._tree.leaves if params is None else self._leaves(params)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
@@ -256,6 +257,7 @@ class ConservationLaws:
                 "the rank of conservation laws is a whole number that depends on the values of "
                 "params; call rank and certificate outside jit"
             )
+        check.kept(leaves, "the params that the laws were found for", "pass others as params=")
         found = [group.symmetry for group in self.groups]
         return certificate(found, self._hidden, self._tree.paths, leaves)
 
@@ -266,7 +268,8 @@ class ConservationLaws:
           params: at which parameters; the initial ones by default.
 
         Raises:
-          FrontContributionError: if ``params`` has another structure or shapes, or no known values.
+          FrontContributionError: if ``params`` has another structure or shapes, or no known values,
+            or if the initial ones are asked for and have been donated.
         """
         found = self.certificate(params)
         return found.determined, found.hidden
@@ -277,6 +280,8 @@ class ConservationLaws:
     def __str__(self) -> str:
         if not self.groups:
             return f"fcjax: no conservation laws: {self.reason}"
+        if not all(map(check.is_known, self._tree.leaves)):
+            return f"fcjax: {len(self):,} laws of gradient flow, of params without known values"
         found = self.certificate()
         values = np.asarray(
             self.values(jax.tree.unflatten(self._tree.structure, self._tree.leaves))

@@ -197,7 +197,8 @@ class _Search:
             is_read = any(n in self.touching for n in solution)
             if is_read and any(self.nodes[n][0] in self.leaves for n in solution):
                 groups.append(self._group(solution, order))
-        return tuple(self._symmetry(group) for group in self._independent(groups))
+        made = [self._symmetry(group) for group in self._independent(groups)]
+        return tuple(symmetry for symmetry in made if symmetry.laws)
 
     def _freedom(self, number: int) -> float:
         """What depends on data determines the rest, so that laws relate adjacent layers."""

@@ -44,7 +44,8 @@ class Place:
             array = _open(array, view)
         units = tuple(array.shape[axis] for axis in self.axes)
         rest = tuple(axis for axis in range(array.ndim) if axis not in self.axes)
-        return array.transpose(self.axes + rest).reshape(*units, -1)
+        entries = math.prod(array.shape[axis] for axis in rest)
+        return array.transpose(self.axes + rest).reshape(*units, entries)
 
     def spread(self, values: Any, fill: float) -> Any:
         """For each entry of the parameter the value of its unit, ``fill`` where it has none.

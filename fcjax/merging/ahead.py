@@ -7,7 +7,7 @@ is known ahead, or is made entirely of it without growing, count.
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -19,7 +19,17 @@ from fcjax.expressions.primitives import VIEWS
 from fcjax.tracing import trace
 from fcjax.tracing.trace import Body, Equation, Kind, Value
 
-__all__ = ["compute", "digest", "identities", "is_ahead", "is_look", "kinds"]
+__all__ = [
+    "compute",
+    "digest",
+    "identities",
+    "is_ahead",
+    "is_look",
+    "kinds",
+    "of_array",
+    "of_param",
+    "sources",
+]
 
 OF_CALL = frozenset({"iota", "gather", "dynamic_slice", "pad", "concatenate"})
 """Primitives whose result can have the size of a batch or of a sequence."""
@@ -30,9 +40,17 @@ RESHAPES = frozenset({"reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def kinds(body: Body, inputs: Sequence[Kind]) -> dict[Value, Kind]:
-    """What every value depends on; ``invariant`` says that it can be computed ahead."""
+def kinds(body: Body, inputs: Sequence[Kind], raw: Set[str] = frozenset()) -> dict[Value, Kind]:
+    """What every value depends on; ``invariant`` says that it can be computed ahead.
+
+    Args:
+      body: the equations.
+      inputs: what its inputs depend on.
+      raw: the identities of constants that are read as they are.
+    """
     known = trace.kinds(body, inputs)
+    left = [value for value, array in body.constants if raw and of_array(array) in raw]
+    known |= {value: Kind("const", trainable=False, invariant=False) for value in left}
     for equation in body.equations:
         for value in equation.outputs:
             if value is not None and known[value].of != "data":
@@ -78,8 +96,7 @@ def identities(body: Body, names: Mapping[Value, str]) -> dict[Value, str]:
       body: the equations.
       names: the names of the inputs that are parameters.
     """
-    found = {value: digest("input", name) for value, name in names.items()}
-    found |= {value: _of_array(array) for value, array in body.constants}
+    found = _given(body, names)
     for equation in body.equations:
         for i, value in enumerate(equation.outputs):
             if value is not None and all(v in found for v in equation.values):
@@ -87,7 +104,22 @@ def identities(body: Body, names: Mapping[Value, str]) -> dict[Value, str]:
     return found
 
 
-def _of_array(array: Any) -> str:
+def sources(body: Body, names: Mapping[Value, str]) -> dict[Value, frozenset[str]]:
+    """The identities of the parameters and constants that each value is made of."""
+    found = {value: frozenset({name}) for value, name in _given(body, names).items()}
+    for equation in body.equations:
+        joined = frozenset[str]().union(*(found.get(v, ()) for v in equation.values))
+        found |= {v: joined for v in equation.outputs if v is not None}
+    return found
+
+
+def _given(body: Body, names: Mapping[Value, str]) -> dict[Value, str]:
+    parameters = {value: digest("input", name) for value, name in names.items()}
+    return parameters | {value: of_array(array) for value, array in body.constants}
+
+
+def of_array(array: Any) -> str:
+    """A name for an array, equal for equal numbers."""
     if isinstance(array, jax.core.Tracer) or jnp.issubdtype(array.dtype, jax.dtypes.extended):
         return digest("constant", id(array))  # without values to compare: the same only as itself
     values = np.asarray(array)
@@ -101,10 +133,15 @@ def _of_equation(equation: Equation, output: int, found: Mapping[Value, str]) ->
     inputs = [
         found[a] if isinstance(a, Value) else (repr(a.val), str(a.aval)) for a in equation.inputs
     ]
-    params = [(key, _of_param(value)) for key, value in sorted(equation.source.params.items())]
-    shapes = {v.shape for v in (*equation.values, *equation.outputs) if v is not None}
-    ranks = [v.shape for v in equation.values] if len(shapes) > 1 else []
+    params = [(key, of_param(value)) for key, value in sorted(equation.source.params.items())]
+    ranks = [] if _is_entrywise(equation) else [v.shape for v in equation.values]
     return digest(equation.name, output, inputs, params, ranks)
+
+
+def _is_entrywise(equation: Equation) -> bool:
+    """Whether an equation treats all axes alike, so that those of size 1 make no difference."""
+    shapes = {v.shape for v in (*equation.values, *equation.outputs) if v is not None}
+    return equation.name in trace.ARITHMETIC and len(shapes) == 1
 
 
 def _is_same(equation: Equation) -> bool:
@@ -118,8 +155,9 @@ def _is_same(equation: Equation) -> bool:
     return shapes[0] == shapes[1]
 
 
-def _of_param(value: Any) -> str:
-    consts = [_of_array(c) for c in getattr(value, "consts", ())]
+def of_param(value: Any) -> str:
+    """A name for a parameter of an equation, such as a jaxpr with its constants."""
+    consts = [of_array(c) for c in getattr(value, "consts", ())]
     return ADDRESS.sub("", f"{value} {consts}")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
 
 from fcjax.expressions.terms import Expr, Factor, Label, Leaf, Term
 from fcjax.planning.parts import Linear, Part, Product
@@ -34,9 +34,9 @@ class Identity(Value):
         """What tells it from other leaves."""
         return f"identity of size {self.shape[0]}"
 
-    def array(self) -> Array:
-        """Its entries."""
-        return jnp.eye(self.shape[0], dtype=self.aval.dtype)
+    def array(self) -> np.ndarray:
+        """Its entries; also while something is traced."""
+        return np.eye(self.shape[0], dtype=self.aval.dtype)
 
 
 def absorbed(parts: Sequence[Part], expr: Expr) -> list[Part]:

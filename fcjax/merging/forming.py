@@ -9,6 +9,7 @@ like anything else, at the precision at which weights are multiplied among thems
 import dataclasses
 import itertools
 import math
+from collections import ChainMap
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from fcjax.planning.parts import (
 )
 from fcjax.planning.recipes import recipe
 from fcjax.running.evaluate import evaluate
+from fcjax.running.named import ordered
 from fcjax.running.weights import weight_of
 from fcjax.tracing.trace import Value
 
@@ -64,15 +66,16 @@ class Formed:
     def compute(self, env: Mapping[Any, Array]) -> Array:
         """The array, given those that it is made of."""
         identities = {v: v.array() for v in self.recipe.expr.leaves if isinstance(v, Identity)}
-        made = evaluate(self.recipe, {**env, **identities}, {})
+        read = ChainMap(identities, env)  # type: ignore[arg-type]  # nothing is written to it
+        made = evaluate(self.recipe, read, {})
         if self.less_mean:
-            made = made - jnp.mean(made, self.less_mean, keepdims=True)
+            made = made - made.mean(self.less_mean, keepdims=True)
         return made.astype(self.value.aval.dtype)
 
     def identity(self, leaves: Mapping[Value, str]) -> str:
         """A name for it, equal for equal computations; ``leaves`` names what it is made of."""
         expr = self.recipe.expr
-        leaves = {**leaves, **{v: v.name for v in expr.leaves if isinstance(v, Identity)}}
+        leaves = {v: v.name if isinstance(v, Identity) else leaves[v] for v in expr.leaves}
         numbers = {label: i for i, label in enumerate(itertools.chain(*expr.dims))}
         terms = sorted(_term_name(term, dict(numbers), leaves) for term in expr.terms)
         return digest(terms, expr.shape, self.less_mean, str(self.value.aval.dtype))
@@ -100,7 +103,9 @@ class Kernel:
 
     def compute(self, env: Mapping[Any, Array]) -> Array:
         """The array, given those that it is made of."""
-        return weight_of(self.part, env, self.expr).array.astype(self.value.aval.dtype)
+        order = tuple(itertools.chain(*_kernel_axes(self.part)))
+        made = ordered(weight_of(self.part, env, self.expr), order)
+        return made.reshape(self.value.shape).astype(self.value.aval.dtype)
 
     def identity(self, leaves: Mapping[Value, str]) -> str:
         """A name for it, equal for equal computations; ``leaves`` names what it is made of."""
@@ -191,14 +196,16 @@ class _Lowering:
         for term in self.expr.terms:
             if all(map(_is_ahead, term.factors)) and (not term.windows or has_taps(term)):
                 sums.setdefault(term.labels & self.expr.free, []).append(term)
-        numbers = sums.pop(frozenset(), [])
-        for i, terms in enumerate(sorted(sums.values(), key=_size)):
+        numbers = [t for t in sums.get(frozenset(), ()) if not t.factors and not t.windows]
+        arrays = [[t for t in terms if t not in numbers] for terms in sums.values()]
+        arrays = sorted(filter(None, arrays), key=_size)
+        for i, terms in enumerate(arrays):
             made.append(self.sum((*terms, *numbers) if i == 0 else terms))
-        return (*made, *(Product(t, 0) for t in numbers if not sums))
+        return (*made, *(Product(t, 0) for t in numbers if not arrays))
 
     def sum(self, terms: Sequence[Term]) -> Product:
         """What is added to the result, as one array."""
-        if len(terms) == 1 and _is_plain(terms[0]):
+        if len(terms) == 1 and _is_plain(terms[0], self.expr.free):
             return Product(terms[0], 0)
         present = frozenset().union(*(t.labels for t in terms)) & self.expr.free
         labels = [x for x in itertools.chain(*self.expr.dims) if x in present]
@@ -211,7 +218,8 @@ class _Lowering:
             keep = frozenset(part.weight_labels)
             weights = tuple(self.product(w, keep) for w in part.weights)
             return dataclasses.replace(part, weights=weights)
-        if len(terms) == 1 and _is_plain(terms[0]) and not part.centre_weight:
+        inside = frozenset(part.weight_labels)
+        if len(terms) == 1 and _is_plain(terms[0], inside) and not part.centre_weight:
             return part
         factor = self.leaf(terms, part.weight_labels, part.centre_weight)
         weight = Product(Term(1.0, (factor,)), 0)
@@ -222,19 +230,23 @@ class _Lowering:
         terms = [w.term for w in part.weights]
         if not all(_is_ahead(f) for t in terms for f in t.factors):
             return part
-        shape = tuple(label.size for label in part.weight_labels)
+        axes = _kernel_axes(part)
+        shape = tuple(math.prod(label.size for label in axis) for axis in axes)
         value = Value(jax.core.ShapedArray(shape, self.expr.dtype))
         self.formed.append(Kernel(value, part, self.expr))
         leaf = Leaf(value, "param", shape, self.expr.dtype, trainable=False)
-        axes = tuple((label,) if label.size > 1 else () for label in part.weight_labels)
         weight = Product(Term(1.0, (Factor(leaf, axes, (None,) * len(axes)),)), 0)
         taps = tuple(Taps(((g.tap, 1),) if g.tap is not None else (), 0) for g in part.grids)
-        return dataclasses.replace(part, weights=(weight,), places=(Place(taps, ()),))
+        order = tuple(itertools.chain(*axes))
+        return dataclasses.replace(
+            part, weights=(weight,), places=(Place(taps, ()),), weight_labels=order
+        )
 
     def weight(self, part: MeanSquare) -> Product:
         """The weight of a mean square, as one array."""
         term = part.weight.term
-        if not _is_constant(part.weight) or _is_plain(term) or term.windows:
+        inside = frozenset(part.weight_labels)
+        if not _is_constant(part.weight) or _is_plain(term, inside) or term.windows:
             return part.weight
         labels = [x for x in part.weight_labels if x in term.labels]
         return Product(Term(1.0, (self.leaf([term], labels),)), 0)
@@ -263,7 +275,8 @@ class _Lowering:
 
     def group(self, group: "_Group", scale: float) -> Factor:
         """Factors that are multiplied first, times a number, as one factor."""
-        if len(group.factors) == 1 and scale == 1.0:
+        known = all(map(_is_ahead, group.factors))
+        if not known or _is_plain(Term(scale, group.factors), frozenset(group.labels)):
             return group.factors[0]
         return self.leaf([Term(scale, group.factors)], group.labels)
 
@@ -349,15 +362,27 @@ def _is_sum(part: Part) -> bool:
     return all(_is_ahead(f) for w in part.weights for f in w.term.factors)
 
 
-def _is_plain(term: Term) -> bool:
-    """Whether a term is one leaf, or a number."""
-    return not term.factors or (len(term.factors) == 1 and term.scale == 1.0)
+def _is_plain(term: Term, inside: frozenset[Label]) -> bool:
+    """Whether a term is one leaf on labels inside of these, with nothing to be computed."""
+    alone = len(term.factors) == 1 and term.scale == 1.0 and not term.windows
+    return alone and term.labels <= inside
 
 
 def _scale_is_fixed(term: Term, expr: Expr) -> bool:
     """Whether a term's number can be trusted not to count rows or positions, as a mean does."""
     known = frozenset().union(*(f.labels for f in term.factors if _is_ahead(f)))
     return term.labels - expr.free <= known
+
+
+def _kernel_axes(part: Convolution) -> tuple[tuple[Label, ...], ...]:
+    """The axes of a kernel as a convolution takes it: taps, channels read, channels made."""
+    taps = [g.tap for g in part.grids if g.tap is not None]
+    rows = part.rows.labels if part.rows is not None else frozenset[Label]()
+    read = [x for x in part.weight_labels if x in rows.union(part.ones)]
+    summed = tuple(x for x in read if x not in part.kept)
+    groups = tuple(x for x in read if x in part.kept)
+    made = tuple(x for x in part.weight_labels if x not in (*taps, *read))
+    return (*((x,) for x in taps), summed, (*groups, *made))
 
 
 def _size(terms: Sequence[Term]) -> int:

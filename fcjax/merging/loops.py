@@ -13,12 +13,13 @@ from jax import Array, lax
 
 from fcjax import compat
 from fcjax.expressions.written import handed_over
+from fcjax.merging.ahead import digest
 from fcjax.merging.kept import Kept, Merging
 from fcjax.running.program import Program
 from fcjax.tracing import trace
 from fcjax.tracing.trace import Atom, Body, Equation, Kind, Value
 
-__all__ = ["Loop", "OfLoop", "merged_loop", "with_sources"]
+__all__ = ["Loop", "OfLoop", "merged_loop"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,7 +89,8 @@ def merged_loop(
     equation: Equation,
     known: Mapping[Value, Kind],
     identities: Mapping[Value, str],
-    merge: Callable[[Body, Sequence[str], Set[int]], Merging],
+    sources: Mapping[Value, frozenset[str]],
+    merge: Callable[[Body, Sequence[str], Set[str], Sequence[int]], Merging],
 ) -> Loop | None:
     """Merges the body of a scan; None if there is nothing to form.
 
@@ -96,8 +98,9 @@ def merged_loop(
       equation: the scan.
       known: what the values outside depend on.
       identities: names of the values outside that are no data.
-      merge: merges a body whose first inputs are parameters, given their names and which of them
-        are kept as they are.
+      sources: what these are made of.
+      merge: merges a body whose first inputs are parameters, given their names, the identities of
+        those that are kept as they are, and how often each is stored.
     """
     body = trace.flatten(equation.source.params["jaxpr"], trace.INLINED | trace.REMAT)
     handed = {v: _Input(a, role) for v, a, role in handed_over(equation, body)}
@@ -107,13 +110,19 @@ def merged_loop(
     outside = [(handed[v].atom, handed[v].role == "slice") for v in fixed]
     given = tuple((a, sliced) for a, sliced in outside if isinstance(a, Value))
     names = [f"{identities[a]} {'slice' if sliced else 'whole'}" for a, sliced in given]
-    raw = {i for i, (a, _) in enumerate(given) if not known[a].invariant}
-    inner = merge(body, names, raw)
-    made = {k.value: _kept(k, inner, given, equation) for k in inner.kept if k.value not in handed}
+    own = [digest("input", name) for name in names]
+    raw = {name for name, (a, _) in zip(own, given, strict=True) if not known[a].invariant}
+    runs = equation.source.params["length"]
+    inner = merge(body, names, raw, [runs if sliced else 1 for _, sliced in given])
+    made = {
+        k.value: _kept(k, inner, dict(zip(own, given, strict=True)), sources, runs)
+        for k in inner.kept
+        if k.value not in handed
+    }
     if not made:
         return None
     inputs = [
-        handed[v] if v in handed else _Input(made[v].value, _role(made[v], inner, v))
+        handed[v] if v in handed else _Input(made[v].value, _role(made[v], v))
         for v in inner.plan.body.inputs
     ]
     return _rebuilt(equation, inner, inputs, tuple(made.values()))
@@ -124,20 +133,22 @@ def _is_fixed(atom: Atom, known: Mapping[Value, Kind]) -> bool:
 
 
 def _kept(
-    one: Kept, inner: Merging, given: tuple[tuple[Value, bool], ...], equation: Equation
-) -> Kept:
+    one: Kept, inner: Merging, given: Mapping[str, tuple[Value, bool]],
+    sources: Mapping[Value, frozenset[str]], runs: int,
+) -> Kept:  # fmt: skip
     """What the body keeps, as something that is kept outside."""
-    used = {i: given[i] for i in one.sources}
+    places = {name: i for i, name in enumerate(given)}
+    used = {places[name]: given[name] for name in one.sources if name in places}
     sliced = any(is_slice for _, is_slice in used.values())
-    length = (equation.source.params["length"],) if sliced else ()
+    length = (runs,) if sliced else ()
     value = Value(one.value.aval.update(shape=(*length, *one.value.shape)))
-    alone = dataclasses.replace(inner, kept=(one,))
     is_sum = one.formed is not None and one.formed.is_sum
-    made = OfLoop(value, alone, used, is_sum)
-    return Kept(value, f"{one.identity} {length}", one.sources, made)
+    made = OfLoop(value, dataclasses.replace(inner, kept=(one,)), used, is_sum)
+    outside = frozenset[str]().union(*(sources.get(v, ()) for v in made.leaves))
+    return Kept(value, f"{one.identity} {length}", outside | (one.sources - places.keys()), made)
 
 
-def _role(kept: Kept, inner: Merging, value: Value) -> str:
+def _role(kept: Kept, value: Value) -> str:
     return "slice" if len(kept.value.shape) > len(value.shape) else "same"
 
 
@@ -181,13 +192,3 @@ def _renamed(equation: Equation, atoms: Mapping[Value, Any]) -> Equation:
     inputs = tuple(atoms.get(a, a) if isinstance(a, Value) else a for a in equation.inputs)
     outputs = tuple(None if v is None else atoms.get(v, v) for v in equation.outputs)
     return Equation(equation.source, inputs, outputs)
-
-
-def with_sources(loop: Loop, found: Mapping[Value, tuple[int, ...]]) -> tuple[Kept, ...]:
-    """What is kept, with the numbers of the parameters outside that it is made of."""
-    made = []
-    for one in loop.kept:
-        assert isinstance(one.formed, OfLoop)
-        outer = sorted({n for i in one.sources for n in found.get(one.formed.given[i][0], ())})
-        made.append(dataclasses.replace(one, sources=tuple(outer)))
-    return tuple(made)

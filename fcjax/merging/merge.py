@@ -1,9 +1,10 @@
 """``merge``: a trained network for inference, every linear segment one operator."""
 
 import contextlib
+import dataclasses
 import functools
 import io
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,23 +14,27 @@ from rich.console import Console
 from rich.table import Table
 
 from fcjax import check
+from fcjax.copies import Copied
 from fcjax.errors import FrontContributionError
-from fcjax.measure import Timings, compare_steps, flops
+from fcjax.measure import Timings, compare_steps, flops_of
 from fcjax.merging.ahead import digest
-from fcjax.merging.kept import Kept, Merging
-from fcjax.merging.planned import merging
-from fcjax.merging.table import MergedRow, names_of, nothing_merged, rows
-from fcjax.names import path_name
-from fcjax.running.program import Program
-from fcjax.tracing import trace
-from fcjax.tracing.calls import Call
-from fcjax.tracing.trace import Body
+from fcjax.merging.kept import computed
+from fcjax.merging.prepared import Compiled, Traced, compiled, resized, settled
+from fcjax.merging.symbolic import EVEN, NUMBERS, Sizes, check_path, check_results, run
+from fcjax.merging.table import (
+    MergedRow,
+    as_they_were,
+    made_of,
+    names_of,
+    nothing_merged,
+    rows,
+)
+from fcjax.names import path_name, unused
+from fcjax.tracing.calls import Call, Calls
 
 __all__ = ["Merged", "merge"]
 
 PyTree = Any
-OTHER_SIZES = (1, 2, 1024)
-"""Batch sizes for which a merged network is prepared beside that of the example."""
 
 
 def merge(
@@ -76,7 +81,7 @@ def merge(
       Ding et al. 2021, RepVGG, https://arxiv.org/abs/2101.03697
     """
     check.options(apply_fn, None, "discrete", "time", None)
-    check.params(params)
+    check.params(params, trained=False)
     if not example_args:
         example_args = check.inferred_arguments(apply_fn, params)
     if constant_argnums:
@@ -86,7 +91,7 @@ def merge(
     return Merged(apply_fn, params, example_args)
 
 
-class Merged:
+class Merged(Copied):
     """A network for inference.
 
     Attributes:
@@ -96,33 +101,50 @@ class Merged:
       reason: why nothing was merged, or None.
       weights: the numbers of weights before and after.
       flops: floating-point operations of one call with the example's shapes, before and after.
+
+    Copies and pickles are without compiled functions. What cannot be pickled, such as an
+    ``apply_fn`` that is a lambda, makes ``pickle`` fail in its own words.
     """
+
+    anew = frozenset({"_calls", "_compiled", "_first"})
+    mutable = frozenset({"params"})
 
     def __init__(
         self, apply_fn: Callable[..., PyTree], params: PyTree, example_args: tuple[Any, ...]
     ) -> None:
         self.apply_fn = apply_fn
         paths, self._structure = jax.tree_util.tree_flatten_with_path(params)
-        self._paths = tuple(path_name(path) for path, _ in paths)
+        self._paths = _unique(path_name(path) for path, _ in paths)
         self._original = tuple(leaf for _, leaf in paths)
         self._avals = tuple(jax.typeof(leaf) for leaf in self._original)
-        self._compiled: dict[Hashable, _Compiled] = {}
         self._timings: Timings | None = None
-        call = Call.of(example_args, {})
-        self._raw: frozenset[int] = frozenset()
-        first = self._settled(call)
-        self._names = names_of(first.merging.kept, self._paths)
-        self._rows = tuple(rows(first.merging.kept, self._names, self._paths))
-        self.reason = nothing_merged(self._rows)
+        self.begin_anew()
+        example = self._calls.of(example_args, {})
+        check.known_sizes(example, "give example arguments whose sizes are numbers")
+        calls, traced = self._traced_for_sizes(example)
+        merged = settled(traced, self._paths)
+        self._raw, found = merged.raw, merged.found
+        self._decided, self._first = calls[merged.first].shapes, found[merged.first]
+        self._compiled.update(zip(map(self._key, calls), found, strict=True))
+        kept = [k for c in found for k in c.merging.kept]
+        self._names = names_of(kept, self._paths)
+        self._rows = tuple(rows(kept, self._names, self._paths))
+        before = flops_of(traced[0].jaxpr)
+        self.flops = (before, found[0].flops(example.arrays))
+        self.reason = nothing_merged(self._rows, self.flops)
         self.params: PyTree = params
         if self.reason is None:
-            self.params = self._formed(first)
+            self.params = self._formed(found)
+        else:
+            self.flops = (before, before)
+            self._rows = tuple(as_they_were(self._paths, [a.shape for a in self._avals]))
         self._given = jax.tree.map(jax.typeof, self.params)
         self.weights = (_count(params), _count(self.params))
-        self.flops = (
-            flops(call.bind(apply_fn), params, *call.arrays),
-            flops(call.bind(self.apply), self.params, *call.arrays),
-        )
+
+    def begin_anew(self) -> None:
+        """Forgets what was traced and compiled."""
+        self._compiled: dict[Hashable, Compiled] = {}
+        self._calls = Calls(self.apply_fn, self._structure, self._avals)
 
     # --- evaluation ---
 
@@ -131,7 +153,9 @@ class Merged:
 
         Args:
           params: arrays of the structure of ``merged.params``.
-          *args: what ``apply_fn`` takes, without constant arguments; of any batch size.
+          *args: what ``apply_fn`` takes, without constant arguments; of any batch size. Python
+            numbers are data, as for ``jax.jit``, unless ``apply_fn`` branches on them, makes shapes
+            of them or asks for their type; bools are flags.
           **kwargs: likewise.
 
         Returns:
@@ -151,16 +175,33 @@ class Merged:
             return self.apply_fn(params, *args, **kwargs)
         check.structure(params, jax.tree.structure(self.params), "merged params")
         _check_arrays(params, self._given)
-        call = Call.of(args, kwargs)
-        key = self._key(call)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._merged(call)
-            self._refuse_other(compiled, call)
-            if not any(isinstance(c, jax.core.Tracer) for c in compiled.constants):
-                self._compiled[key] = compiled
-        stored = [params[self._names[k.identity]] for k in compiled.merging.kept]
-        return compiled(stored, call.arrays)
+        call = self._calls.of(args, kwargs)
+        if call.is_symbolic:
+            return self._with_symbols(params, call)
+        return self._run(self._merged(call), params, call.arrays)
+
+    def _with_symbols(self, params: PyTree, call: Call) -> PyTree:
+        """``apply`` for sizes that are symbols, from the programs for several numbers."""
+        symbolic = self._trace(call)
+        try:
+            sizes = Sizes(call, NUMBERS, symbolic.jaxpr)
+            traced = [(c, self._trace(c)) for c in sizes.calls(call)]
+        except FrontContributionError:
+            sizes = Sizes(call, EVEN, symbolic.jaxpr)
+            traced = [(c, self._trace(c)) for c in sizes.calls(call)]
+        programs = []
+        for numbers, network in traced:
+            check_path(symbolic.jaxpr, network.jaxpr)
+            found = compiled(network, self._paths, self._raw, self._first)
+            self._refuse_other(found, numbers)
+            whole = functools.partial(self._run, found)
+            programs.append(jax.make_jaxpr(whole)(params, numbers.arrays))
+        outputs = run(sizes, programs, [*jax.tree.leaves(params), *call.arrays])
+        check_results(sizes, symbolic.jaxpr, outputs)
+        return jax.tree.unflatten(symbolic.structure, outputs)
+
+    def _run(self, found: Compiled, params: Mapping[str, Any], arrays: Sequence[Any]) -> PyTree:
+        return found([params[self._names[k.identity]] for k in found.merging.kept], arrays)
 
     def latency(self, *args: Any, repeats: int = 25) -> Timings:
         """Times the original and the merged network in turns; ``print`` shows the last result.
@@ -178,7 +219,7 @@ class Merged:
           >>> sorted(merged.latency(jnp.ones((4, 3)), repeats=3).seconds)
           ['merged', 'original', 'original (again)']
         """
-        call = Call.of(args, {})
+        call = self._calls.of(args, {})
         original = jax.tree.unflatten(self._structure, self._original)
         fns = {
             "original": functools.partial(jax.jit(call.bind(self.apply_fn)), original),
@@ -190,71 +231,57 @@ class Merged:
     # --- tracing, once for every set of shapes ---
 
     def _key(self, call: Call) -> Hashable:
-        of_call = tuple(jax.typeof(x) for x in call.arrays)
-        return of_call, call.static, jax.config.values["jax_default_matmul_precision"]
+        return call.key, jax.config.values["jax_default_matmul_precision"]
 
-    def _trace(self, call: Call) -> tuple[Body, Any]:
-        _refuse_symbols(call)
+    def _merged(self, call: Call) -> Compiled:
+        key = self._key(call)
+        found = self._compiled.get(key)
+        if found is None:
+            found = compiled(self._trace(call), self._paths, self._raw, self._first)
+            self._refuse_other(found, call)
+            if not any(isinstance(c, jax.core.Tracer) for c in found.constants):
+                self._compiled[key] = found
+        return found
+
+    @functools.cached_property
+    def _first(self) -> Compiled:
+        """The network for the shapes for which it was decided what is merged."""
+        return compiled(self._trace(self._decided), self._paths, self._raw)
+
+    def _trace(self, call: Call) -> Traced:
         flat = call.flattened(self.apply_fn, self._structure)
         with check.tracing(call.arrays):
             jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*self._avals, *call.arrays)
-        return trace.flatten(jaxpr, trace.INLINED | trace.REMAT), jax.tree.structure(shapes)
+        return Traced(jaxpr, jax.tree.structure(shapes))
 
-    def _merged(self, call: Call) -> "_Compiled":
-        body, out_structure = self._trace(call)
-        return _Compiled(merging(body, self._paths, self._raw), out_structure)
-
-    def _settled(self, call: Call) -> "_Compiled":
-        """The network for the example, merged so that other batch sizes read the same arrays.
-
-        What another batch size would multiply in another way is kept as it is.
-        """
-        others = self._other_sizes(call)
-        while True:
-            merged = {self._key(c): self._merged(c) for c in (call, *others)}
-            first = merged[self._key(call)]
-            odd = {i for m in merged.values() for k in m.other_than(first) for i in k.sources}
-            if odd <= self._raw:
-                self._compiled.update(merged)
-                return first
-            self._raw |= odd
-
-    def _other_sizes(self, call: Call) -> list[Call]:
-        """The example with other batch sizes, as far as the network takes them."""
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in call.arrays]
-        batch = max((x.shape for x in shapes), key=len, default=())[:1]
-        found = []
-        for size in OTHER_SIZES:
-            resized = tuple(
-                x.update(shape=(size, *x.shape[1:])) if batch and x.shape[:1] == batch else x
-                for x in shapes
-            )
+    def _traced_for_sizes(self, example: Call) -> tuple[list[Call], list[Traced]]:
+        """The example, and the same with other batch sizes, as far as the network takes them."""
+        calls, traced = [example], [self._trace(example)]
+        for call in resized(example):
             with contextlib.suppress(FrontContributionError):  # the first axis is no batch then
-                self._trace(Call(resized, call.static))
-                found.append(Call(resized, call.static))
-        return found
+                traced.append(self._trace(call))
+                calls.append(call)
+        return calls, traced
 
-    def _formed(self, compiled: "_Compiled") -> dict[str, Any]:
+    def _formed(self, found: Sequence[Compiled]) -> dict[str, Any]:
         """The arrays of the merged network; original leaves are not copied."""
-        found = compiled.merging
-        constants = [array for _, array in found.before.constants]
-        arrays = jax.jit(found.arrays)(self._original, constants)
-        made = {self._names[k.identity]: x for k, x in zip(found.kept, arrays, strict=True)}
-        own = {
-            digest("input", p): jnp.asarray(x)
-            for p, x in zip(self._paths, self._original, strict=True)
-        }
-        made |= {self._names[i]: x for i, x in own.items() if i in self._names}
+        own = {digest("input", p): x for p, x in zip(self._paths, self._original, strict=True)}
+        made = {self._names[i]: jnp.asarray(x) for i, x in own.items() if i in self._names}
+        for merging in (c.merging for c in found):
+            missing = tuple(k for k in merging.kept if self._names[k.identity] not in made)
+            of = dataclasses.replace(merging, kept=missing)
+            arrays = computed(of, [*own], [*own.values()])
+            made |= {self._names[k.identity]: x for k, x in zip(missing, arrays, strict=True)}
         return dict(sorted(made.items()))
 
-    def _refuse_other(self, compiled: "_Compiled", call: Call) -> None:
-        missing = [k for k in compiled.merging.kept if k.identity not in self._names]
+    def _refuse_other(self, found: Compiled, call: Call) -> None:
+        missing = [k for k in found.merging.kept if k.identity not in self._names]
         if missing:
-            sources = sorted({self._paths[i] for k in missing for i in k.sources})
             given = ", ".join(f"{a.dtype}{list(a.shape)}" for a in call.arrays)
             raise FrontContributionError(
-                f"a call with arguments ({given}) reads {', '.join(sources) or 'constants'} in "
-                "another way than the example of merge did; call merge with an example like it"
+                f"a call with arguments ({given}) reads "
+                f"{', '.join(made_of(missing, self._paths)) or 'constants'} in another way than "
+                "the example of merge did; call merge with an example like it"
             )
 
     # --- what was found ---
@@ -300,40 +327,16 @@ class Merged:
         return f"Merged({self.weights[0]:,} weights before, {self.weights[1]:,} after)"
 
 
-class _Compiled:
-    """The merged network for one set of shapes, as a jitted function."""
-
-    def __init__(self, found: Merging, out_structure: Any) -> None:
-        self.merging = found
-        self.constants = [array for _, array in found.plan.body.constants]
-        self._out_structure = out_structure
-        program = Program(found.plan)
-        self._run = jax.jit(lambda inputs, constants: program(inputs, constants, {}))
-
-    def other_than(self, first: "_Compiled") -> list[Kept]:
-        """What is kept here, but not there."""
-        known = {k.identity for k in first.merging.kept}
-        return [k for k in self.merging.kept if k.identity not in known]
-
-    def __call__(self, stored: Sequence[Any], arrays: Sequence[Any]) -> PyTree:
-        shaped = [
-            jnp.reshape(x, k.value.shape) for x, k in zip(stored, self.merging.kept, strict=True)
-        ]
-        outputs = self._run([*shaped, *arrays], self.constants)
-        return jax.tree.unflatten(self._out_structure, outputs)
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    """Names that may be equal, such as those of ``{"a/b": ...}`` and ``{"a": {"b": ...}}``."""
+    found: list[str] = []
+    for name in names:
+        found.append(unused(name, found))
+    return tuple(found)
 
 
 def _count(tree: PyTree) -> int:
     return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree))
-
-
-def _refuse_symbols(call: Call) -> None:
-    for array in call.arrays:
-        if not all(isinstance(size, int) for size in array.shape):
-            raise FrontContributionError(
-                f"an argument has the symbolic shape {array.shape}; a merged network is traced for "
-                "known sizes: export it once for each size"
-            )
 
 
 def _check_arrays(params: PyTree, avals: PyTree) -> None:
@@ -367,7 +370,7 @@ def _with_constants(
                 f"{len(example_args)} (params is 0 and always constant)"
             )
     constants = {str(n): example_args[n - 1] for n in sorted(numbers)}
-    check.params(constants)
+    check.params(constants, trained=False)
     rest = tuple(x for n, x in enumerate(example_args, 1) if n not in numbers)
 
     def closed(tree: Mapping[str, PyTree], *args: Any, **kwargs: Any) -> PyTree:

@@ -1,16 +1,18 @@
 """What each array of a merged network is called, and what it is made of, for people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fcjax.merging.ahead import digest
 from fcjax.merging.kept import Kept
-from fcjax.names import joint_name
+from fcjax.names import joint_name, unused
+from fcjax.planning.plan import folds_always
 
-__all__ = ["MergedRow", "names_of", "nothing_merged", "rows"]
+__all__ = ["MergedRow", "as_they_were", "made_of", "names_of", "nothing_merged", "rows"]
 
 
 MOST_SOURCES = 4
+UNCHANGED = "as it was"
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,15 @@ def names_of(kept: Sequence[Kept], paths: Sequence[str]) -> dict[str, str]:
     for one in kept:
         if one.identity not in names:
             leaf = "bias" if one.formed is not None and one.formed.is_sum else "kernel"
-            sources = [paths[i] for i in one.sources]
-            names[one.identity] = _unused(joint_name(sources or ["constant"], leaf), names)
+            sources = made_of([one], paths)
+            names[one.identity] = unused(joint_name(sources or ["constant"], leaf), names.values())
     return names
 
 
-def _unused(name: str, names: Mapping[str, str]) -> str:
-    taken = set(names.values())
-    count = 2
-    candidate = name
-    while candidate in taken:
-        candidate = f"{name}_{count}"
-        count += 1
-    return candidate
+def made_of(kept: Iterable[Kept], paths: Sequence[str]) -> list[str]:
+    """The parameters that arrays are made of, in their own order."""
+    sources = frozenset[str]().union(*(k.sources for k in kept))
+    return [path for path in paths if digest("input", path) in sources]
 
 
 def rows(
@@ -62,7 +60,7 @@ def rows(
         MergedRow(
             name,
             one.value.shape,
-            tuple(paths[i] for i in one.sources),
+            tuple(made_of([one], paths)),
             _reason(one, paths, is_leaf=one.identity in own),
         )
         for name, one in sorted(first.items())
@@ -71,18 +69,27 @@ def rows(
 
 def _reason(one: Kept, paths: Sequence[str], *, is_leaf: bool) -> str:
     if is_leaf:
-        return "as it was"
-    named = [paths[i] for i in one.sources[:MOST_SOURCES]]
-    more = len(one.sources) - len(named)
+        return UNCHANGED
+    every = made_of([one], paths)
+    named = every[:MOST_SOURCES]
+    more = len(every) - len(named)
     sources = (", ".join(named) or "constants") + (f" and {more} more" if more else "")
     if one.formed is None:
         return f"computed from {sources}"
     return f"effective {'bias' if one.formed.is_sum else 'weight'} of {sources}"
 
 
-def nothing_merged(listed: Sequence[MergedRow]) -> str | None:
-    """Why the network is left as it is, if it is."""
-    if all(row.reason == "as it was" for row in listed):
+def as_they_were(paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Iterator[MergedRow]:
+    """One row for each parameter of a network that is left as it is, in alphabetical order."""
+    for path, shape in sorted(zip(paths, shapes, strict=True)):
+        yield MergedRow(path, shape, (path,), UNCHANGED)
+
+
+def nothing_merged(listed: Sequence[MergedRow], operations: tuple[float, float]) -> str | None:
+    """Why the network is left as it is, if it is; given what it takes before and after."""
+    before, after = operations
+    dearer = after > before and not folds_always()
+    if dearer or all(row.reason == UNCHANGED for row in listed):
         return (
             "nothing to merge: no two parameters meet in a linear segment in which their product "
             "would make the evaluation cheaper"

@@ -94,9 +94,10 @@ class Interpreter:
         names = [*opened.constvars, *opened.invars]
         given = map(self.whole, [*consts, *inputs])
         env: dict[Any, Value] = dict(zip(names, given, strict=True))
-        for eqn in opened.eqns:
-            made = self.apply(eqn, [self._read(env, atom) for atom in eqn.invars])
-            env |= dict(zip(eqn.outvars, made, strict=True))
+        with np.errstate(all="ignore"):
+            for eqn in opened.eqns:
+                made = self.apply(eqn, [self._read(env, atom) for atom in eqn.invars])
+                env |= dict(zip(eqn.outvars, made, strict=True))
         return [self._read(env, atom) for atom in opened.outvars]
 
     def compute(self, equations: Iterable[Any], env: dict[Any, Value]) -> None:
@@ -108,7 +109,8 @@ class Interpreter:
         """
         for equation in equations:
             operands = [a.val if isinstance(a, compat.Literal) else env[a] for a in equation.inputs]
-            made = self.apply(equation.source, list(map(self.whole, operands)))
+            with np.errstate(all="ignore"):
+                made = self.apply(equation.source, list(map(self.whole, operands)))
             env.update((v, x) for v, x in zip(equation.outputs, made, strict=True) if v is not None)
 
     def _read(self, env: dict[Any, Value], atom: Any) -> Value:
@@ -141,7 +143,8 @@ class Interpreter:
             if not eqn.outvars:
                 return []
             raise Unevaluated(eqn.primitive.name)
-        return [self.whole(x) for x in compat.bind(eqn, [_as_jax(x) for x in values])]
+        with jax.ensure_compile_time_eval():  # numbers, also while something else is traced
+            return [self.whole(x) for x in compat.bind(eqn, [_as_jax(x) for x in values])]
 
     # --- control flow ---------------------------------------------------------------------------
 

@@ -40,6 +40,9 @@ VECTOR = 0.25
 """The part of ``START`` that a product with a vector takes: the compiler fuses it with others."""
 ELEMENTWISE = 4.0
 """Operations that one fused elementwise operation counts as."""
+WIDENED = 1e9
+"""How much dearer a product counts for inference that repeats data for every entry of a weight, as
+a matrix for each example: other orders do what it does on the data, which have fewer entries."""
 EXHAUSTIVE = 6
 """Up to so many operands every order is tried; longer terms are chains or ordered greedily."""
 
@@ -201,9 +204,28 @@ def search(operands: Sequence[Operand], keep: frozenset[Label], runs: float = 1)
     """The order of least time: exact for chains and short terms, greedy for the rest.
 
     A chain that ends in a vector is multiplied from there, by matrix-vector products alone.
+    Networks ask for the same orders again and again, in every layer: those found are remembered.
     """
     if len(operands) == 1:
         return 0
+    labels = frozenset[Label]().union(*(o.labels for o in operands))
+    standing = sorted((tuple(x in o.labels for o in operands), x in keep, x.size) for x in labels)
+    kinds = tuple((o.trainable, o.once, o.itemsize) for o in operands)
+    return _search(tuple(standing), kinds, runs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _search(
+    standing: tuple[tuple[tuple[bool, ...], bool, int], ...],
+    kinds: tuple[tuple[bool, bool, int], ...],
+    runs: float,
+) -> Order:
+    """The order for operands, given on which of them each label stands, and whether it is kept."""
+    labels = [(Label(size), on, kept) for on, kept, size in standing]
+    keep = frozenset(x for x, _, kept in labels if kept)
+    operands = [
+        Operand(frozenset(x for x, on, _ in labels if on[i]), *kind) for i, kind in enumerate(kinds)
+    ]
     chain = _as_chain(operands, keep)
     if chain is not None:
         if len(operands[chain[0]].labels) > 1:
@@ -235,10 +257,17 @@ def _cheapest(splits: Sequence[tuple[Best, Best]], keep: frozenset[Label], runs:
         time = time_a + time_b + measure(cost, runs)
         if math.isinf(runs) and a.once and b.once and not a.labels & b.labels:
             time = math.inf  # it would save a product entry by entry, and be a matrix for each
+        if math.isinf(runs) and a.once != b.once and _widens(b if a.once else a, result):
+            time += WIDENED * measure(cost, runs)
         if best is None or time < best[0]:
             best = (time, (order_a, order_b), result)
     assert best is not None
     return best
+
+
+def _widens(data: Operand, result: Operand) -> bool:
+    """Whether a product with a weight only repeats the data along further axes."""
+    return data.labels < result.labels
 
 
 def _as_chain(operands: Sequence[Operand], keep: frozenset[Label]) -> list[int] | None:

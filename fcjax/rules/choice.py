@@ -14,13 +14,15 @@ import numpy as np
 from fcjax.errors import FrontContributionError
 from fcjax.expressions.written import Written
 from fcjax.rules import fold, lookups
+from fcjax.rules.balancing import balanced
 from fcjax.rules.compress import Compression, compression
 from fcjax.rules.equivariance import Verdict, experiment
 from fcjax.rules.flow_folds import FlowFold
-from fcjax.rules.flow_rules import balanced, flow_folds
+from fcjax.rules.flow_rules import flow_folds
 from fcjax.rules.radial import RadialFold, radial_fold
 from fcjax.rules.reduction import Reduction, Tree, nothing
 from fcjax.rules.stand_ins import Change, Follows, Shrinks, Stays
+from fcjax.rules.unmoved import unmoved
 from fcjax.spaces.hidden import Spaces, find
 from fcjax.spaces.subspaces import Basis, Reached, reach, span, used
 
@@ -60,30 +62,43 @@ def choose(
         unknown = "its initial values are not known while tracing, so all of it is trained"
         return nothing(tree, dict.fromkeys(range(len(tree.leaves)), unknown))
     given = tree
-    if rebalance:
+    if rebalance and not (exactness == "approximate" and _is_radial(network, tree)):
         tree = _rebalanced(network, tree, optimizer, data)
     chooser = _Chooser(network, tree, optimizer, exactness)
     chosen = chooser.chosen(data)
-    changed = [i for i, pair in enumerate(zip(given.leaves, tree.leaves, strict=True))
-               if pair[0] is not pair[1]]  # fmt: skip
+    changed = _changed(given, tree)
     notes = {i: f"{chosen.reasons[i]}; {REBALANCED}" for i in changed if i in chosen.reasons}
     notes |= {i: REBALANCED for i in changed if i not in chosen.reasons}
-    chosen = dataclasses.replace(chosen, reasons={**chosen.reasons, **notes})
+    chosen = dataclasses.replace(
+        chosen, reasons={**chosen.reasons, **notes}, unmoved=unmoved(optimizer, given)
+    )
     chosen.refuse_outside(example)
     chooser.refuse_unread(chosen, example)
     return chosen
+
+
+def _is_radial(network: Written, tree: Tree) -> bool:
+    return isinstance(radial_fold(network, tree.leaves, tree.paths), RadialFold)
 
 
 REBALANCED = "rebalanced before training (the function is the same)"
 
 
 def _rebalanced(network: Written, tree: Tree, optimizer: Any, data: Data) -> Tree:
-    """The parameters with those chains balanced that are then folded."""
-    made = balanced(network, tree)
-    held = _Chooser(network, made, optimizer, "flow").chosen(data).held
-    pairs = enumerate(zip(tree.leaves, made.leaves, strict=True))
-    leaves = tuple(new if i in held else old for i, (old, new) in pairs)
-    return dataclasses.replace(tree, leaves=leaves)
+    """The parameters with those chains and gains balanced that are then folded."""
+    among = frozenset(range(len(tree.leaves)))
+    while True:
+        made = balanced(network, tree, among)
+        held = _Chooser(network, made, optimizer, "flow").chosen(data).held
+        if held.issuperset(_changed(tree, made)):
+            return made
+        among &= held
+
+
+def _changed(given: Tree, made: Tree) -> list[int]:
+    """The leaves that are not as they were given."""
+    pairs = enumerate(zip(given.leaves, made.leaves, strict=True))
+    return [leaf for leaf, (old, new) in pairs if old is not new]
 
 
 class _Chooser:

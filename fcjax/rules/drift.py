@@ -92,7 +92,7 @@ def track_drift(
     if any(row.rule == "radial" for row in fc.report):
         raise FrontContributionError(
             "track_drift bounds how far backpropagation leaves a flow fold's laws; the radial "
-            "closure keeps all laws and is an approximation all the same"
+            "closure keeps all units' laws and is an approximation all the same"
         )
     if not names:
         raise FrontContributionError(

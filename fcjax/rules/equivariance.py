@@ -18,7 +18,10 @@ import numpy as np
 import optax
 
 from fcjax.compat import ClosedJaxpr, Jaxpr, Literal, open_jaxpr
-from fcjax.rules.stand_ins import Change, Pair, Shrinks, chains, layers, real_shapes, stand_ins
+from fcjax.rules.pairs import Pair
+from fcjax.rules.remembering import remembered
+from fcjax.rules.stand_ins import Change, Shrinks, chains, layers, real_shapes, stand_ins
+from fcjax.rules.trainings import Trainings, in_float64
 
 __all__ = ["Verdict", "equivariance", "experiment", "operations"]
 
@@ -28,6 +31,7 @@ _TOLERANCE = 1e-6
 
 # Clipping hides below its threshold and saturates above it, so the gradients have many scales.
 _SCALES = tuple(10.0**exponent for exponent in range(-4, 5))
+_TOGETHER = 3
 
 # RAdam changes its rule at its sixth update, and optax.MultiSteps makes an update of several steps:
 # so steps are counted that move the weights, and if these are too few there is a longer attempt.
@@ -116,7 +120,8 @@ def experiment(
         then restored in proportion to it; without, at its initial value.
 
     Returns:
-      The verdict. No exception of the optimizer passes.
+      The verdict. No exception of the optimizer passes. It is remembered, as an optimizer is a pure
+      function.
 
     Example:
       >>> import jax, optax
@@ -131,6 +136,16 @@ def experiment(
       >>> experiment(decay, structure, changes, rho=True).exact
       True
     """
+    return _experiment(optimizer, structure, tuple(changes), rho)
+
+
+@remembered
+def _experiment(
+    optimizer: optax.GradientTransformation,
+    structure: jax.tree_util.PyTreeDef,
+    changes: tuple[Change, ...],
+    rho: bool,
+) -> Verdict:
     verdict = _tried(optimizer, stand_ins(structure, changes, rho), restored=True, changes=changes)
     if verdict.reason == _BY_SIZE:
         larger = stand_ins(structure, changes, rho, past=_THRESHOLD)
@@ -155,8 +170,7 @@ def _tried(
       changes: what the leaves stand in for, if they are stand-ins.
     """
     try:
-        # On the CPU, where many small operations are quick, and where float64 is at home.
-        with jax.enable_x64(True), jax.default_device(_cpu()):
+        with in_float64():
             verdict = _judged(_trained(optimizer, pair), pair, restored)
             if verdict.exact and changes and _depends_on_sizes(optimizer, pair, changes):
                 return Verdict(False, np.inf, _BY_SIZE)
@@ -165,14 +179,6 @@ def _tried(
         reason = f"it could not be run on this tree: {type(error).__name__}: {first_line}"
         return Verdict(False, np.inf, reason)
     return verdict
-
-
-def _cpu() -> jax.Device | None:
-    """The CPU, or the default device where jax is told not to use the CPU."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return None
 
 
 def _judged(seen: _Seen, pair: Pair, restored: bool) -> Verdict:
@@ -210,55 +216,50 @@ class _Seen:
 
 def _trained(optimizer: optax.GradientTransformation, pair: Pair) -> _Seen:
     """Trains the two trees at every scale of the gradients, up to the first that parts them."""
-    run = _training(optimizer, pair)
-    results = []
-    for scale in _SCALES:
-        results.append(run(scale))
-        if np.max(results[-1][0]) > _TOLERANCE:
-            break
-    drift, stray, moves = (np.array(rows) for rows in zip(*results, strict=True))
-    return _Seen(drift.max(axis=0), stray.max(axis=0), moves.max(axis=0))
-
-
-def _training(optimizer: optax.GradientTransformation, pair: Pair):
-    """`run(scale)`: trains on gradients of this scale, and returns what `_Seen` holds."""
-
-    def step(trees, gradients):
-        both = [_updated(optimizer, g, *tree) for g, tree in zip(gradients, trees, strict=True)]
-        return [tree for _, tree in both], [updates for updates, _ in both]
-
-    @jax.jit
-    def begin(weights, gradients):
-        trees = [(tree, optimizer.init(tree)) for tree in weights]
-        later, _ = jax.eval_shape(step, trees, jax.tree.map(lambda g: g[0], gradients))
-        # Some optimizers start in float32 what they continue in the weights' dtype.
-        return jax.tree.map(lambda now, then: jnp.asarray(now).astype(then.dtype), trees, later)
-
-    @jax.jit
-    def train(trees, gradients, scale):
-        return jax.lax.scan(step, trees, jax.tree.map(lambda g: scale * g, gradients))
-
+    full, reduced = (Trainings(optimizer, _repeated(w, _TOGETHER)) for w in pair.weights())
     gradients = pair.gradients(_STEPS)
-    start = begin(pair.weights(), gradients)
-
-    def run(scale: float) -> tuple[np.ndarray, ...]:
-        trees = start
-        drift = stray = moves = np.zeros(len(pair.leaves))
-        for _ in range(_ROUNDS):
-            trees, (full, reduced) = train(trees, gradients, scale)
-            drifts, strays, more = pair.compared(full, reduced, trees[0][0])
-            drift, stray = np.maximum(drift, drifts), np.maximum(stray, strays)
-            moves = moves + more
-            if all(moves[n] >= _MOVES for n in pair.concerned):
-                break
-        return drift, stray, moves
-
-    return run
+    found: list[np.ndarray] = []
+    for scales in np.reshape(_SCALES, (-1, _TOGETHER)):
+        found.append(_at(scales, full, reduced, pair, gradients))
+        if _parted(found[-1]).any():  # most that part the trees do so at any scale
+            break
+    seen = np.concatenate(found, axis=2)
+    parted = np.flatnonzero(_parted(seen))
+    return _Seen(*np.max(seen[:, :, : parted[0] + 1] if len(parted) else seen, axis=2))
 
 
-def _updated(optimizer, gradient, weights, state):
-    updates, state = optimizer.update(gradient, state, weights)
-    return updates, (optax.apply_updates(weights, updates), state)
+def _parted(seen: np.ndarray) -> np.ndarray:
+    """The scales at which the reduced weights drift."""
+    return np.max(seen[0], axis=0) > _TOLERANCE
+
+
+def _at(
+    scales: np.ndarray, full: Trainings, reduced: Trainings, pair: Pair, gradients: tuple[Any, Any]
+) -> np.ndarray:
+    """What training at some scales shows of each leaf, of shape `(3, leaves, scales)`."""
+    full.begin()
+    reduced.begin()
+
+    def step(number: int) -> np.ndarray:
+        wide, small = jax.tree.map(lambda g: np.multiply.outer(scales, g[number]), gradients)
+        return pair.differences(full.step(wide), reduced.step(small))
+
+    seen = np.zeros((3, len(pair.leaves), len(scales)))
+    going = np.ones(len(scales), bool)
+    for _ in range(_ROUNDS):
+        with np.errstate(all="ignore"):
+            found = pair.compared([step(number) for number in range(_STEPS)], full.weights)
+        drift, stray, moves = found
+        more = [np.maximum(seen[0], drift), np.maximum(seen[1], stray), seen[2] + moves]
+        seen = np.where(going, more, seen)
+        going = np.any(seen[2, pair.concerned] < _MOVES, axis=0)
+        if not going.any():
+            break
+    return seen
+
+
+def _repeated(tree: Any, times: int) -> Any:
+    return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (times, *leaf.shape)), tree)
 
 
 def _depends_on_sizes(

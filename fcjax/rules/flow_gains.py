@@ -33,7 +33,7 @@ from fcjax.rules.flow_folds import (
     vanished,
 )
 
-__all__ = ["SIGN", "GainFold", "balanced_gains", "gain_folds"]
+__all__ = ["SIGN", "GainFold", "beside", "gain_folds", "gains"]
 
 Array = Any
 
@@ -193,12 +193,12 @@ def gain_folds(
             continue
         candidates = [
             _fold(place, symmetry, leaves, names)
-            for place in _gains(symmetry, leaves)
+            for place in gains(symmetry, leaves)
             if place.leaf not in used
         ]
         made = [fold for _, fold in candidates if isinstance(fold, GainFold)]
         if made:
-            chosen = min(made, key=lambda fold: len(_beside(fold.gain, symmetry)))
+            chosen = min(made, key=lambda fold: len(beside(fold.gain, symmetry)))
             folded.add(chosen.gain.leaf)
             used.update(among)
             yield chosen.gain.leaf, chosen
@@ -206,14 +206,14 @@ def gain_folds(
             yield from candidates
 
 
-def _gains(symmetry: Symmetry, leaves: Sequence[Any]) -> list[Place]:
+def gains(symmetry: Symmetry, leaves: Sequence[Any]) -> list[Place]:
     """The places with one entry for each unit, unless a matrix stands on the same side."""
     count = int(np.prod(symmetry.units))
     single = [p for p in symmetry.places if not p.views and np.size(leaves[p.leaf]) == count]
-    return [gain for gain in single if all(p in single for p in _beside(gain, symmetry))]
+    return [gain for gain in single if all(p in single for p in beside(gain, symmetry))]
 
 
-def _beside(gain: Place, symmetry: Symmetry) -> list[Place]:
+def beside(gain: Place, symmetry: Symmetry) -> list[Place]:
     """The other places whose charge has the sign of the gain's."""
     return [p for p in symmetry.places if p is not gain and (p.charge > 0) == (gain.charge > 0)]
 
@@ -245,47 +245,3 @@ def _fold(
         )
     constants = np.maximum(constants, 0)
     return gain.leaf, dataclasses.replace(made, constants=constants.astype(dtype))
-
-
-def balanced_gains(network: Written, leaves: Sequence[Any], taken: Set[int]) -> list[Any]:
-    """The parameters with the units scaled whose gain is too small, by the symmetry itself.
-
-    Unit k is multiplied by ``c_k^q`` in every parameter, with the ``c_k`` that makes the squared
-    gain equal to the weighted squares of the parameters of opposite charge. The function stays the
-    same.
-
-    Args:
-      network: the network as written.
-      leaves: the initial values of the parameters.
-      taken: leaves that are folded in another way.
-    """
-    made = list(leaves)
-    kinds = [network.known[value] for value in network.body.inputs]
-    for symmetry in invariant(network.body, symmetries.find(network.body, kinds), leaves):
-        if not symmetry.is_untied or not taken.isdisjoint(p.leaf for p in symmetry.places):
-            continue
-        for gain in _gains(symmetry, made)[:1]:
-            factors = _factors(gain, symmetry, made)
-            for place in symmetry.places:
-                by = factors ** float(place.charge)
-                made[place.leaf] = place.scaled(jnp.asarray(made[place.leaf]), by)
-    return made
-
-
-def _factors(gain: Place, symmetry: Symmetry, leaves: Sequence[Any]) -> Array:
-    """By what each unit is scaled; 1 where its gain is large enough, zero or hard to balance."""
-    beside = _beside(gain, symmetry)
-    against = [p for p in symmetry.places if p is not gain and p not in beside]
-    own, total = (
-        sum(
-            float(abs(p.charge)) * jnp.sum(p.rows(jnp.asarray(leaves[p.leaf])) ** 2, axis=-1)
-            for p in places
-        )
-        for places in ([gain], against)
-    )
-    charges = {p.charge for p in against}
-    if len(charges) != 1:
-        return jnp.ones(symmetry.units)
-    power = 1.0 / (2.0 * float(gain.charge - charges.pop()))
-    small = (own < total) & (own > 0)
-    return jnp.where(small, (total / jnp.where(small, own, 1)) ** power, 1)

@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fcjax.expressions.written import Written
 from fcjax.rules import flows, fold, matrix_flows
 from fcjax.rules.flow_folds import ElementwiseFold, FlowFold
-from fcjax.rules.flow_gains import GainFold, balanced_gains, gain_folds
+from fcjax.rules.flow_gains import GainFold, gain_folds
 from fcjax.rules.flow_matrices import MatrixFold, resolution
 from fcjax.rules.linearity import Flow, follows_flow
 from fcjax.rules.products import MatrixChain, matrix_chains
@@ -20,7 +19,7 @@ from fcjax.rules.reduction import Tree
 
 Fold = ElementwiseFold | MatrixFold | GainFold
 
-__all__ = ["BALANCED", "Proposals", "balanced", "flow_folds", "unasked"]
+__all__ = ["BALANCED", "Proposals", "flow_chains", "flow_folds", "unasked"]
 
 BALANCED = 1e-5
 """How far the laws of a matrix chain may be from multiples of the identity, relative to the larger
@@ -53,7 +52,7 @@ class Proposals:
 
 def unasked(network: Written, tree: Tree, exactness: str) -> dict[int, str]:
     """The leaves that could be folded if the optimizer were known, with that reason."""
-    chains = [chain for _, chain in _chains(network, len(tree.paths))]
+    chains = [chain for _, chain in flow_chains(network, len(tree.paths))]
     reasons = dict.fromkeys((leaf for leaves in chains for leaf in leaves), UNASKED)
     if exactness == "approximate":
         found = radial_fold(network, tree.leaves, tree.paths)
@@ -62,7 +61,9 @@ def unasked(network: Written, tree: Tree, exactness: str) -> dict[int, str]:
     return reasons
 
 
-def _chains(network: Written, count: int) -> list[tuple[fold.Chain | MatrixChain, tuple[int, ...]]]:
+def flow_chains(
+    network: Written, count: int
+) -> list[tuple[fold.Chain | MatrixChain, tuple[int, ...]]]:
     """All chains with their leaves in order."""
     elementwise, _ = fold.chains(network, count)
     return [
@@ -82,7 +83,7 @@ def flow_folds(network: Written, tree: Tree, optimizer: Any, taken: Set[int]) ->
     """
     proposed: list[Fold] = []
     reasons: dict[int, str] = {}
-    for chain, leaves in _chains(network, len(tree.paths)):
+    for chain, leaves in flow_chains(network, len(tree.paths)):
         if taken.isdisjoint(leaves):
             made = _proposal(chain, leaves, tree)
             if isinstance(made, str):
@@ -165,6 +166,8 @@ def _matrix(
     widths = (upright[0].shape[0], *(a.shape[1] for a in upright))
     shape, rank, dtype = (widths[0], widths[-1]), min(widths), arrays[0].dtype
     listed = ", ".join(names)
+    if not rank:
+        return f"the product of {listed} has no entries"
     if shape[0] * shape[1] > sum(a.size for a in arrays):
         return f"the product of {listed} has more entries than its factors together"
     sizes = np.linalg.svd(_product(upright), compute_uv=False)
@@ -211,45 +214,3 @@ def _product(chain: Sequence[np.ndarray]) -> np.ndarray:
     for factor in chain[1:]:
         product = product @ factor
     return product
-
-
-# --- balanced initial values --------------------------------------------------------------------
-
-
-def balanced(network: Written, tree: Tree) -> Tree:
-    """The parameters with chains and gains replaced by balanced ones that compute the same.
-
-    Elementwise chains get equal magnitudes, the geometric mean of those they have; matrix chains
-    factors with equal singular values; units whose gain is too small are scaled.
-    """
-    leaves, chained = list(tree.leaves), set[int]()
-    for chain, numbers in _chains(network, len(tree.paths)):
-        chained.update(numbers)
-        arrays = [np.asarray(tree.leaves[leaf]) for leaf in numbers]
-        if not all(np.isfinite(array).all() for array in arrays):
-            continue
-        for leaf, new in zip(numbers, _balanced(chain, arrays), strict=True):
-            leaves[leaf] = new
-    leaves = balanced_gains(network, leaves, chained)
-    pairs = zip(tree.leaves, leaves, strict=True)
-    return dataclasses.replace(tree, leaves=tuple(_kept_or_new(old, new) for old, new in pairs))
-
-
-def _kept_or_new(old: Any, new: Any) -> Any:
-    """The new array, if it differs from the old one by more than the folds allow for."""
-    if np.max(np.abs(new - old), initial=0.0) <= BALANCED * np.max(np.abs(old), initial=0.0):
-        return old
-    return jnp.asarray(new, old.dtype)
-
-
-def _balanced(chain: fold.Chain | MatrixChain, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    if isinstance(chain, MatrixChain):
-        upright = [a.T if t else a for a, t in zip(arrays, chain.turned, strict=True)]
-        rank = min(upright[0].shape[0], *(a.shape[1] for a in upright))
-        made = matrix_flows.rebalanced(upright, rank)
-        return [a.T if t else a for a, t in zip(made, chain.turned, strict=True)]
-    stacked = np.stack(arrays).astype(np.float64)
-    if not stacked.all():  # equal magnitudes of a zero product would never move again
-        return list(arrays)
-    size = np.exp(np.mean(np.log(np.abs(stacked)), axis=0))
-    return [np.where(a < 0, -size, size) for a in arrays]

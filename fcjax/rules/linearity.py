@@ -19,6 +19,8 @@ import numpy as np
 import optax
 
 from fcjax.rules.equivariance import operations
+from fcjax.rules.remembering import remembered
+from fcjax.rules.trainings import Trainings, in_float64
 
 __all__ = ["Flow", "follows_flow"]
 
@@ -26,6 +28,7 @@ _TOLERANCE = 1e-6  # optax.MultiSteps accumulates in float32
 _STEPS = 32
 _SCALES = tuple(10.0**exponent for exponent in range(-4, 5))
 _SIZES = (3, 4, 5)
+_BY_SIZE = "it treats leaves differently at their real sizes"
 
 
 Group = tuple[Sequence[int], Sequence[int]]
@@ -63,7 +66,7 @@ def follows_flow(
         those that are kept.
 
     Returns:
-      The verdict on each group.
+      The verdict on each group, remembered as in ``equivariance.py``.
 
     Example:
       >>> structure = jax.tree.structure({"a": 0, "b": 0})
@@ -73,14 +76,28 @@ def follows_flow(
       >>> follows_flow(optax.adam(1e-3), structure, shapes, groups)[0].fault
       'its updates are not proportional to the size of the gradients'
     """
+    hashable = tuple((tuple(folded), tuple(kept)) for folded, kept in groups)
+    return list(_follows_flow(optimizer, structure, tuple(shapes), hashable))
+
+
+@remembered
+def _follows_flow(
+    optimizer: optax.GradientTransformation,
+    structure: jax.tree_util.PyTreeDef,
+    shapes: tuple[tuple[int, ...], ...],
+    groups: tuple[Group, ...],
+) -> tuple[Flow, ...]:
     try:
-        with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-            seen = _Seen(optimizer, structure, shapes, groups)
-            return [Flow(seen.fault(group), seen.decays) for group in groups]
+        with in_float64(), np.errstate(all="ignore"):
+            seen = _Seen(optimizer, structure, [_small(shape) for shape in shapes], groups)
+            faults = [seen.fault(group) for group in groups]
+            if None in faults and _depends_on_sizes(optimizer, structure, shapes):
+                faults = [fault or _BY_SIZE for fault in faults]
+            return tuple(Flow(fault, seen.decays) for fault in faults)
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         reason = f"it could not be run on this tree: {type(error).__name__}: {first_line}"
-        return [Flow(reason)] * len(groups)
+        return (Flow(reason),) * len(groups)
 
 
 class _Seen:
@@ -105,30 +122,33 @@ class _Seen:
         shapes: Sequence[tuple[int, ...]],
         groups: Sequence[Group],
     ) -> None:
-        small = [_small(shape) for shape in shapes]
-        self.depends_on_sizes = _depends_on_sizes(optimizer, structure, shapes, small)
-        run = _Run(optimizer, structure)
-        self.weights = _patterns(small, 1)
-        self.pattern = _patterns(small, 2)
-        numbers = 1.0 + _random((_STEPS,), 0)
-        steady = [np.multiply.outer(numbers, pattern) for pattern in self.pattern]
-        other = _patterns([(_STEPS, *shape) for shape in small], 3)
-        self.idle = run(self.weights, [0.0 * g for g in steady])
+        self.weights, self.pattern, away = (_patterns(shapes, seed) for seed in (1, 2, 4))
+        steady, other = _steady(self.pattern), _patterns([(_STEPS, *shape) for shape in shapes], 3)
+        none = [0.0 * g for g in steady]
+        both = [a + b for a, b in zip(steady, other, strict=True)]
+        scaled = [[scale * g for g in steady] for scale in _SCALES]
+        streams = [(self.weights, stream) for stream in (none, steady, other, both, *scaled)]
+        idle, *moved, away_idle, away_steady = _updates(
+            optimizer, structure, [*streams, (away, none), (away, steady)]
+        )
+        self.idle, (self.steady, self.other, self.both, *scaled) = (
+            idle,
+            [_less(u, idle) for u in moved],
+        )
+        self.scaled = [
+            [u / scale for u in updates] for scale, updates in zip(_SCALES, scaled, strict=True)
+        ]
+        self.elsewhere = _less(away_steady, away_idle)
         self.decays = any(np.any(self.idle[i]) for both in groups for i in (*both[0], *both[1]))
+        self.reduced = self._reduced(optimizer, structure, groups, steady)
 
-        def moved(gradients: Sequence[Any], scale: float = 1.0) -> list[Any]:
-            scaled = run(self.weights, [scale * g for g in gradients])
-            return [(u - v) / scale for u, v in zip(scaled, self.idle, strict=True)]
-
-        self.steady, self.other = moved(steady), moved(other)
-        self.scaled = [moved(steady, scale) for scale in _SCALES]
-        self.both = moved([a + b for a, b in zip(steady, other, strict=True)])
-        away = _patterns(small, 4)
-        pairs = zip(run(away, steady), run(away, [0.0 * g for g in steady]), strict=True)
-        self.elsewhere = [u - v for u, v in pairs]
-        self.reduced = self._reduced(run, groups, steady)
-
-    def _reduced(self, run: _Run, groups: Sequence[Group], steady: Sequence[Any]) -> list[Any]:
+    def _reduced(
+        self,
+        optimizer: optax.GradientTransformation,
+        structure: jax.tree_util.PyTreeDef,
+        groups: Sequence[Group],
+        steady: Sequence[Any],
+    ) -> list[Any]:
         """The updates of the reduced tree; None for what it has not."""
         weights, gradients = list[Any](self.weights), list[Any](steady)
         for folded, _ in groups:
@@ -136,7 +156,7 @@ class _Seen:
                 weights[i] = gradients[i] = None
             if self.decays:
                 weights[folded[0]], gradients[folded[0]] = np.ones(()), np.zeros(_STEPS)
-        return run(weights, gradients)
+        return _updates(optimizer, structure, [(weights, gradients)])[0]
 
     def fault(self, both: Group) -> str | None:
         """What is wrong with a group of leaves."""
@@ -153,7 +173,6 @@ class _Seen:
             ),
             "it treats entries or leaves of one chain differently": self._by_entry(group),
             "it moves the survivor differently without the folded leaves": self._by_tree(both),
-            "it treats leaves differently at their real sizes": float(self.depends_on_sizes),
         }
         return next((reason for reason, gap in wrong.items() if not gap <= _TOLERANCE), None)
 
@@ -203,33 +222,52 @@ def _gap(found: Sequence[Any], wanted: Sequence[Any], group: Sequence[int]) -> f
     return float(gap / size) if size else float(np.where(gap, np.inf, 0.0))
 
 
-class _Run:
-    """Trains some leaves of a tree on given gradients."""
+def _updates(
+    optimizer: optax.GradientTransformation,
+    structure: jax.tree_util.PyTreeDef,
+    runs: Sequence[tuple[Sequence[Any], Sequence[Any]]],
+) -> list[list[Any]]:
+    """Trains the leaves of a tree several times, from weights and on gradients of each time.
 
-    def __init__(
-        self, optimizer: optax.GradientTransformation, structure: jax.tree_util.PyTreeDef
-    ) -> None:
-        self.structure = structure
+    Args:
+      optimizer: the optimizer.
+      structure: the structure of the tree.
+      runs: for each run the weights, and the gradients with a leading axis of steps; None for a
+        leaf that is left out of the tree.
 
-        def step(carry: Any, gradient: Any) -> Any:
-            weights, state = carry
-            updates, state = optimizer.update(gradient, state, weights)
-            return (optax.apply_updates(weights, updates), state), updates
+    Returns:
+      For each run the updates, of the gradients' shapes.
+    """
+    weights, gradients = (
+        jax.tree.unflatten(structure, [_stacked(leaves) for leaves in zip(*lists, strict=True)])
+        for lists in zip(*runs, strict=True)
+    )
+    trainings = Trainings(optimizer, weights)
+    steps = [trainings.step(_at(gradients, step)) for step in range(_STEPS)]
+    made = zip(*map(jax.tree.leaves, steps), strict=True)
+    by_leaf = [
+        None if leaf is None else np.stack(next(made), axis=1).astype(np.float64)
+        for leaf in runs[0][0]
+    ]
+    return [[None if x is None else x[run] for x in by_leaf] for run in range(len(runs))]
 
-        def train(weights: Any, gradients: Any) -> Any:
-            start = (weights, optimizer.init(weights))
-            later, _ = jax.eval_shape(step, start, jax.tree.map(lambda g: g[0], gradients))
-            # some optimizers start in float32 what they continue in the weights' dtype
-            start = jax.tree.map(lambda now, then: jnp.asarray(now, then.dtype), start, later)
-            return jax.lax.scan(step, start, gradients)[1]
 
-        self.train = jax.jit(train)
+def _at(gradients: Any, step: int) -> Any:
+    return jax.tree.map(lambda g: g[:, step], gradients)
 
-    def __call__(self, weights: Sequence[Any], gradients: Sequence[Any]) -> list[Any]:
-        """The updates, shape ``(steps, *shape)`` for each leaf, None for those that are None."""
-        trees = [jax.tree.unflatten(self.structure, list(x)) for x in (weights, gradients)]
-        updates = iter(jax.tree.leaves(self.train(*trees)))
-        return [None if w is None else np.asarray(next(updates), np.float64) for w in weights]
+
+def _stacked(leaves: Sequence[Any]) -> Any:
+    return None if leaves[0] is None else np.stack(leaves)
+
+
+def _less(updates: Sequence[Any], idle: Sequence[Any]) -> list[Any]:
+    return [u - v for u, v in zip(updates, idle, strict=True)]
+
+
+def _steady(pattern: Sequence[Any]) -> list[Any]:
+    """The pattern times a number for each step."""
+    numbers = 1.0 + _random((_STEPS,), 0)
+    return [np.multiply.outer(numbers, array) for array in pattern]
 
 
 def _patterns(shapes: Sequence[tuple[int, ...]], seed: int) -> list[np.ndarray]:
@@ -248,11 +286,10 @@ def _depends_on_sizes(
     optimizer: optax.GradientTransformation,
     structure: jax.tree_util.PyTreeDef,
     shapes: Sequence[tuple[int, ...]],
-    small: Sequence[tuple[int, ...]],
 ) -> bool:
-    """Whether the optimizer's program is another one at the real sizes."""
+    """Whether the optimizer's program is another one at the real sizes than at small ones."""
     programs = []
-    for sizes in (shapes, small):
+    for sizes in (shapes, [_small(shape) for shape in shapes]):
         leaves = [jax.ShapeDtypeStruct(shape, jnp.float64) for shape in sizes]
         tree = jax.tree.unflatten(structure, leaves)
         traced = jax.make_jaxpr(lambda w, g: optimizer.update(g, optimizer.init(w), w))(tree, tree)

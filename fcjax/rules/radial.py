@@ -1,4 +1,4 @@
-r"""The radial closure: hidden units with frozen directions, whose norms obey every law.
+r"""The radial closure: hidden units with frozen directions, whose norms obey the laws.
 
 Gradient flow conserves, for each hidden unit whose activation is homogeneous of degree p,
 ``|in|^2 - p |out|^2``: the squared norms of its incoming and outgoing weights. Freeze the direction
@@ -9,7 +9,8 @@ final layer's weights, backwards through the layers,
 
 affine in the squares of the final weights, with constants that are computed before training. Only
 the final layer is trained, and no backward pass crosses a hidden one. It is not backpropagation:
-directions do move there. What it shares with it are the values of all laws, exactly.
+directions do move there. What it shares with it are the values of all units' laws, exactly. Of the
+matrices between linear layers these are the diagonals; the products of two units change.
 """
 
 import dataclasses
@@ -31,6 +32,9 @@ from fcjax.tracing.final import hidden_leaves
 __all__ = ["RadialFold", "ordered", "radial_fold"]
 
 Array = Any
+
+ROUNDING = 16
+"""Units in the last place by which the squared norm of a unit without weights may come out."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,7 +103,10 @@ class RadialFold:
     def _norms(self, weights: dict[int, Array], fixed: Fixed):
         """The squared norms of each layer's units, once the layers behind it are in ``weights``."""
         for layer, constants in zip(self.layers, fixed["constants"], strict=True):
-            yield layer, constants - _squares(layer.outgoing, weights)
+            behind = _squares(layer.outgoing, weights)
+            squares = constants - behind
+            rounding = ROUNDING * jnp.finfo(behind.dtype).eps * jnp.abs(behind)
+            yield layer, jnp.where(jnp.abs(squares) <= rounding, 0, squares)
 
     def running(self, trained: Leaves, rho: Array, fixed: Fixed) -> dict[int, Array]:
         """The same, with no gradient through the hidden weights."""

@@ -18,6 +18,7 @@ from fcjax.rules.compress import Compression
 from fcjax.rules.flow_folds import FlowFold
 from fcjax.rules.radial import RadialFold
 from fcjax.spaces.subspaces import made_with, outside
+from fcjax.tracing.interpret import interpreted
 from fcjax.tracing.trace import Value
 
 __all__ = ["Reduction", "Tree", "nothing"]
@@ -65,6 +66,7 @@ class Reduction:
       flows: the chains that are folded along gradient flow.
       deviation: how far the optimizer moved the reduced weights from the full ones in the
         experiment, relative to an update.
+      unmoved: the leaves that the optimizer leaves alone; nobody needs their gradients.
     """
 
     tree: Tree
@@ -73,6 +75,7 @@ class Reduction:
     reasons: Mapping[int, str]
     flows: tuple[FlowFold, ...] = ()
     deviation: float = 0.0
+    unmoved: frozenset[int] = frozenset()
 
     @property
     def is_trivial(self) -> bool:
@@ -284,6 +287,22 @@ class Reduction:
         for leaf in self.compression.shapes if self.compression is not None else ():
             kept[leaf] = self._changed(leaf, leaves[leaf], contributions, back=False)
         return kept
+
+    def start(self) -> list[Array]:
+        """The trained leaves before training.
+
+        They are computed without compiling, unless the user has placed the leaves on devices.
+        """
+        leaves, fixed = self.tree.leaves, self.contributions
+        if self.is_trivial or any(isinstance(x, jax.Array) and x.committed for x in leaves):
+            return self.reduce(leaves, fixed)
+        traced, types = jax.make_jaxpr(self.reduce, return_shape=True)(leaves, fixed)
+        made = interpreted(traced)(*jax.tree.leaves((leaves, fixed)))
+        reduced = jax.tree.unflatten(jax.tree.structure(types), [*map(jnp.asarray, made)])
+        return [
+            new if new is None or self.rule(leaf) else leaves[leaf]
+            for leaf, new in enumerate(reduced)
+        ]
 
     def _changed(
         self, leaf: int, array: Array, contributions: Contributions, *, back: bool

@@ -56,8 +56,7 @@ def evaluate(recipe: Recipe, env: Env, formed: Formed) -> Any:
         total = value if total is None else total + value
     if total is None:
         total = np.zeros((), expr.dtype)
-    sizes = [label.size for label in itertools.chain(*expr.dims)]
-    return broadcast_to(total.astype(expr.dtype), sizes).reshape(expr.shape)
+    return broadcast_to(total.astype(expr.dtype), expr.shape)
 
 
 def _rank(part: Part, expr: Expr) -> int:
@@ -79,8 +78,16 @@ def _windows(part: Part) -> tuple[Window, ...]:
 
 
 def _laid_out(value: Named, expr: Expr) -> Any:
-    """The array on the flattened labels of the expression's axes, to be added to others."""
-    return ordered(value, tuple(itertools.chain(*expr.dims))).astype(expr.dtype)
+    """The array on the expression's axes, size 1 along those it is constant over, to be added up.
+
+    On whole axes, whatever they are split into: between a product and a sum that are reshaped in
+    different ways the compiler writes the product to a place of its own.
+    """
+    varies = [any(label in value.labels for label in axis) for axis in expr.dims]
+    along = list(zip(expr.dims, varies, strict=True))
+    array = ordered(value, tuple(itertools.chain(*expr.dims))).astype(expr.dtype)
+    array = broadcast_to(array, [x.size if v else 1 for axis, v in along for x in axis])
+    return array.reshape([math.prod(x.size for x in axis) if v else 1 for axis, v in along])
 
 
 # --- the kinds of part --------------------------------------------------------------------------

@@ -174,14 +174,28 @@ class _Search:
         self.clusters: Clusters[Node] = Clusters()
         self.pinned: set[Node] = set()
         self.looped: dict[Node, set[int]] = {}
-        self.read_whole: set[int] = set()
+        self.read_whole = {i for i, aval in enumerate(self.avals) if 0 in aval.shape}
+        self.entrywise = {value for body, _ in self.bodies for value in body.entrywise}
         for body, owners in self.bodies:
             self._read_splits(body, owners)
+        self._pin_cancelled()
         self.uses = [u for body, owners in self.bodies for u in self._read(body, owners)]
         for use in self.uses:
             self._join(use)
         while self._open_cycle():
             pass
+
+    def _pin_cancelled(self) -> None:
+        """Pins what cancels to nothing: no term says which axes of other values have its sizes."""
+        in_terms = {owner for owner, _ in self.splits}
+        for body, owners in self.bodies:
+            for equation in body.body.equations:
+                made = [body.computed[v] for v in equation.outputs if v in body.computed]
+                if made and not any(expr.terms for expr in made):
+                    self.entrywise.update(equation.values)
+                for value in equation.values:
+                    if value in owners and owners[value][0] not in in_terms:
+                        self.read_whole.add(owners[value][0])
 
     # --- how axes are split ---
 
@@ -216,7 +230,7 @@ class _Search:
 
     def _read(self, body: Written, owners: Owners) -> Iterator[_Use]:
         for value, expr in body.computed.items():
-            computed = value not in body.entrywise
+            computed = value not in self.entrywise
             root = {
                 label: self._node(value, axis, piece) if computed else None
                 for axis, labels in enumerate(expr.dims)
@@ -246,7 +260,7 @@ class _Search:
             if node is not None:
                 self.looped.setdefault(node, set()).add(shift)
             return node
-        free = var in body.computed and var not in body.entrywise
+        free = var in body.computed and var not in self.entrywise
         return self._node(var, axis, piece) if free else None
 
     def _node(self, owner: int | Value, axis: int, piece: int) -> Node | None:

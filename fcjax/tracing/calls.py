@@ -1,14 +1,21 @@
 """The arguments of one call of a network."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-__all__ = ["Call"]
+from fcjax import compat
+from fcjax.tracing import axes
+
+__all__ = ["Call", "Calls"]
+
+NUMBERS = (int, float, complex)
+"""Python numbers that are data; a bool is a flag, which may be compared by ``is``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +35,49 @@ class Call:
         """Tells arrays (or shapes that stand for them) from everything else."""
         leaves, structure = jax.tree.flatten((args, kwargs))
         arrays = (Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
-        is_array = [isinstance(x, arrays) for x in leaves]
-        fixed = tuple(None if a else x for x, a in zip(leaves, is_array, strict=True))
-        marks = tuple(is_array)
-        return cls(
-            tuple(x for x, a in zip(leaves, is_array, strict=True) if a),
-            (structure, tuple(zip(marks, fixed, strict=True))),
+        return cls._marked(structure, leaves, [isinstance(x, arrays) for x in leaves])
+
+    @classmethod
+    def _marked(cls, structure: Any, leaves: Sequence[Any], is_array: Sequence[bool]) -> "Call":
+        marked = tuple((a, None if a else x) for x, a in zip(leaves, is_array, strict=True))
+        arrays = tuple(x for x, a in zip(leaves, is_array, strict=True) if a)
+        return cls(arrays, (structure, marked))
+
+    @property
+    def is_symbolic(self) -> bool:
+        """Whether any size is a symbol, as for ``jax.export``."""
+        return any(jax.export.is_symbolic_dim(size) for x in self.arrays for size in x.shape)
+
+    @property
+    def shapes(self) -> "Call":
+        """The call with shapes in the place of arrays."""
+        arrays = (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=jax.typeof(x).weak_type)
+            for x in self.arrays
+        )
+        return dataclasses.replace(self, arrays=tuple(arrays))
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for calls that trace alike."""
+        return tuple(map(jax.typeof, self.arrays)), self.static
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        """The places, among all leaves, of Python numbers."""
+        _, marked = self.static
+        return frozenset(
+            i for i, (is_array, x) in enumerate(marked) if not is_array and _is_number(x)
+        )
+
+    def with_arrays_at(self, places: Iterable[int]) -> "Call":
+        """The call with the Python numbers at some places as weakly typed arrays, as in ``jit``."""
+        structure, marked = self.static
+        given, places = iter(self.arrays), frozenset(places)
+        leaves = [next(given) if is_array else x for is_array, x in marked]
+        leaves = [jnp.asarray(x) if i in places else x for i, x in enumerate(leaves)]
+        return self._marked(
+            structure, leaves, [a or i in places for i, (a, _) in enumerate(marked)]
         )
 
     def rebuild(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -59,3 +103,75 @@ class Call:
             return bound(jax.tree.unflatten(structure, inputs[:count]), *inputs[count:])
 
         return flat
+
+
+def _is_number(x: Any) -> bool:
+    if type(x) is int:
+        limits = jnp.iinfo(jnp.result_type(int))
+        return bool(limits.min <= x <= limits.max)
+    return type(x) in NUMBERS
+
+
+# --- Python numbers -----------------------------------------------------------------------------
+
+
+class Calls:
+    """The calls of one network, and which of their Python numbers are data.
+
+    All are, as for ``jax.jit``, so that another value needs no other plan: except those that the
+    network needs as they are, because it branches on them, makes shapes of them or asks for their
+    type. Those are found by tracing: with arrays in their place it fails, or returns other shapes
+    or dtypes, or has a loop of unknown length, which has no derivative.
+    """
+
+    def __init__(self, apply_fn: Callable[..., Any], structure: Any, avals: Sequence[Any]) -> None:
+        self._apply_fn = apply_fn
+        self._structure = structure
+        self._avals = avals
+        self._needed: dict[Hashable, frozenset[int]] = {}
+        self._settled: set[Hashable] = set()
+
+    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """A call, its Python numbers among the arrays as far as they are data."""
+        given = Call.of(args, kwargs)
+        numbers = given.numbers
+        if not numbers:
+            return given
+        kind = given.with_arrays_at(numbers).key
+        needed = self._needed.get(kind, frozenset())
+        call = given.with_arrays_at(numbers - needed)
+        if call.key not in self._settled:
+            call = given.with_arrays_at(self._data(given, numbers - needed))
+            self._needed[kind] = call.numbers
+            self._settled.add(call.key)
+        return call
+
+    def _data(self, given: Call, candidates: frozenset[int]) -> frozenset[int]:
+        """Those of the candidates that may be arrays, together."""
+        written = self._traced(given)
+        if written is None:  # whoever traces it next says what is wrong
+            return frozenset()
+        if self._traced(given.with_arrays_at(candidates)) == written:
+            return candidates
+        taken = frozenset[int]()
+        for number in sorted(candidates):
+            if self._traced(given.with_arrays_at(taken | {number})) == written:
+                taken |= {number}
+        return taken
+
+    def _traced(self, call: Call) -> Hashable | None:
+        """What must not depend on whether numbers are arrays; None if the call fails to trace."""
+        flat = call.flattened(self._apply_fn, self._structure)
+        try:
+            jaxpr, shapes, _ = axes.make_jaxpr(flat, [*self._avals, *call.arrays], anywhere=True)
+        except Exception:  # of any kind: apply_fn is the user's
+            return None
+        results, structure = jax.tree.flatten(shapes)
+        return structure, tuple((x.shape, x.dtype) for x in results), _loops(jaxpr)
+
+
+def _loops(jaxpr: Any) -> int:
+    """The number of loops of unknown length."""
+    equations = compat.open_jaxpr(jaxpr)[0].eqns
+    inside = (body for eqn in equations for body in compat.inner_jaxprs(eqn))
+    return sum(eqn.primitive.name == "while" for eqn in equations) + sum(map(_loops, inside))

@@ -13,6 +13,7 @@ from fcjax.expressions.terms import Leaf
 from fcjax.tracing.repeats import KNOWN, repeated, repetition
 
 __all__ = [
+    "ARITHMETIC",
     "INLINED",
     "REMAT",
     "Body",
@@ -20,6 +21,7 @@ __all__ = [
     "Kind",
     "Value",
     "flatten",
+    "inlinable",
     "kinds",
     "nested_bodies",
 ]
@@ -128,7 +130,7 @@ class _Builder:
 
         for eqn in jaxpr.eqns:
             inputs = [read(atom) for atom in eqn.invars]
-            inner = _inlinable(eqn, self.inlined)
+            inner = inlinable(eqn, self.inlined)
             if inner is not None:
                 opened, inner_consts = compat.open_jaxpr(inner)
                 own: dict[Any, Atom] = dict(zip(opened.invars, inputs, strict=True))
@@ -198,7 +200,7 @@ def _number(eqn: JaxprEqn) -> compat.Literal | None:
     return compat.Literal(np.asarray(value)[()], aval)
 
 
-def _inlinable(eqn: JaxprEqn, inlined: frozenset[str]) -> Any | None:
+def inlinable(eqn: JaxprEqn, inlined: frozenset[str] = INLINED) -> Any | None:
     """The jaxpr of a call that can be inlined, else None."""
     if eqn.primitive.name not in inlined:
         return None

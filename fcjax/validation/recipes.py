@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,9 +19,13 @@ from fcjax.tracing.trace import Equation, Value
 __all__ = ["refuted"]
 
 Scale = tuple[float, float]
+Forming = Mapping[Value, Callable[[Mapping[Value, Any]], Any]]
+"""For arrays that recipes read and no equation makes, how they are computed from others."""
 
 
-def refuted(plan: Plan, *, ahead: bool = False) -> dict[Value, str]:
+def refuted(
+    plan: Plan, *, ahead: bool = False, formed: Forming = MappingProxyType({})
+) -> dict[Value, str]:
     """The values of a body whose recipes give something else than their equations.
 
     The equations are evaluated as jax traced them, between the boundaries, and the recipes as a
@@ -29,6 +34,7 @@ def refuted(plan: Plan, *, ahead: bool = False) -> dict[Value, str]:
     Args:
       plan: the plan of the body; what its equations read has the shapes that they were traced with.
       ahead: whether weights that are the same in every run of the body are formed before it.
+      formed: what else the recipes read.
 
     Returns:
       for each of them how far it is off.
@@ -36,29 +42,33 @@ def refuted(plan: Plan, *, ahead: bool = False) -> dict[Value, str]:
     if not plan.recipes:
         return {}
     program = Program(plan)
-    return settled(lambda draw: _refuted(program, _Equations(plan, draw), ahead))
+    return settled(lambda draw: _refuted(program, _Equations(plan, draw, formed), ahead))
 
 
 def _refuted(program: Program, equations: _Equations, ahead: bool) -> dict[Value, str]:
     found = {}
-    for value in program.plan.recipes:
+    for value, recipe in program.plan.recipes.items():
         expected = equations.meant(value)
         try:
             made = equations.whole(program.computed(value, equations, ahead=ahead))
         except Exception as error:
             found[value] = f"it fails with {type(error).__name__}: {error}"
             continue
-        close = _close(program.plan.recipes[value])
+        close = _close(recipe, equations)
         answer = differ(made, expected, equations.scale[value], close)
         if answer is not None:
             found[value] = answer
     return found
 
 
-def _close(recipe: Recipe) -> float:
-    """How far a recipe may be off: what jax traces first rounds its numbers to the dtype."""
+def _close(recipe: Recipe, equations: _Equations) -> float:
+    """How far a recipe may be off: what jax traces first, or is formed, is rounded to the dtype."""
     traced = any(isinstance(part, Linear) and part.apart for part in recipe.parts)
-    return 4 * float(jnp.finfo(recipe.expr.dtype).eps) if traced else CLOSE
+    rounded = traced or any(leaf in equations.formed for leaf in recipe.expr.leaves)
+    floating = jnp.issubdtype(recipe.expr.dtype, jnp.floating)
+    return (
+        max(CLOSE, 4 * float(jnp.finfo(recipe.expr.dtype).eps)) if rounded and floating else CLOSE
+    )
 
 
 def cone(plan: Plan, value: Value) -> tuple[list[Equation], list[Value]]:
@@ -86,10 +96,12 @@ class _Equations(Mapping[Value, Numbers]):
     What boundaries make is drawn like the inputs of the body.
 
     Attributes:
+      formed: how arrays are computed that no equation makes.
       scale: the size of the numbers that a value is made of, and of their derivatives.
     """
 
-    def __init__(self, plan: Plan, draw: Draw) -> None:
+    def __init__(self, plan: Plan, draw: Draw, formed: Forming) -> None:
+        self.formed = formed
         self._plan = plan
         self._draw = draw
         self._interpreter = Interpreter(draw.run)
@@ -98,7 +110,9 @@ class _Equations(Mapping[Value, Numbers]):
         self._makers = {v: e for e in plan.body.equations for v in e.outputs if v is not None}
 
     def __getitem__(self, value: Value) -> Numbers:
-        return self.meant(value)
+        if value in self.formed and value not in self._numbers:
+            self._numbers[value] = self.whole(self.formed[value](self))
+        return self._numbers[value] if value in self.formed else self.meant(value)
 
     def __iter__(self) -> Iterator[Value]:
         return iter(self._numbers)

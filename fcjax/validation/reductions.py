@@ -54,6 +54,8 @@ def refuted_reduction(
         return settled(check.answer)
     except Unevaluated:
         return None
+    except Exception as error:  # of any kind: it must not run
+        return f"it fails with {type(error).__name__}: {error}"
 
 
 class _Check:
