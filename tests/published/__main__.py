@@ -25,8 +25,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="list the models")
     options = parser.parse_args()
     models.load()
-    wanted = set(options.models)
-    chosen = [m for m in models.MODELS.values() if not wanted or wanted & {m.name, m.package}]
+    chosen = models.chosen(options.models)
     if options.list:
         print("\n".join(f"{m.name} ({m.package})" for m in chosen))
         return 0

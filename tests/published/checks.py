@@ -18,7 +18,14 @@ from fcjax.numbers.interpreter import values_of
 from fcjax.planning.plan import always_fold
 
 from .comparing import (
-    EXACT, ROUNDINGS, deviation, errors, gradient, outputs, rounded, trained,
+    EXACT,
+    ROUNDINGS,
+    deviation,
+    errors,
+    gradient,
+    outputs,
+    rounded,
+    trained,
 )  # fmt: skip
 from .models import Model, Network, PyTree
 
@@ -61,25 +68,26 @@ class Row:
 
 def checked(model: Model) -> Row:
     """Makes all checks of a model."""
-    row = Row(model)
+    row, began = Row(model), time.process_time()
     with row.catching("make"):
         for train in model.modes:
-            networks, mode = model.networks(train), ("inference", "training")[train]
+            mode = ("inference", "training")[train]
             with row.catching(f"gradient, {mode}"):
-                _gradients(row, networks["float64"], mode)
-            with row.catching(f"compiled, {mode}"):
-                _compiled(row, networks["float32"], mode)
+                _gradients(row, model.network("float64", train), mode)
+            with row.catching(f"compiled, {mode}"), jax.enable_x64(False):
+                _compiled(row, model.network("float32", train), mode)
         with row.catching("Adam"):
-            _adam(row, networks["float64"])
+            _adam(row, model.network("float64", model.modes[-1]))
         with row.catching("strict"):
-            _strict(row, networks["float32"])
-        networks = model.networks(False)
+            _strict(row, model.network("float64", False))
+        network = model.network("float64", False)
         for forced in (False, True):
             with row.catching(f"merge{', forced' * forced}"), _forcing(forced):
-                _merged(row, networks["float64"], model.batched, "merge forced" if forced else "merge")
-        with row.catching("merge, compiled"):
-            _merged_compiled(row, networks["float32"])
+                _merged(row, network, model.batched, "merge forced" if forced else "merge")
+        with row.catching("merge, compiled"), jax.enable_x64(False):
+            _merged_compiled(row, model.network("float32", False))
     jax.clear_caches()
+    row.note("all s", time.process_time() - began, np.inf)
     return row
 
 
@@ -162,7 +170,9 @@ def _merged(row: Row, network: Network, batched: bool, column: str) -> None:
         expected = measure(_variables(network))
         own = lambda: errors(measure(rounded(_variables(network))), expected, ROUNDINGS)  # noqa: E731, B023
         actual = values_of(outputs(merged.apply), merged.params, *inputs)
-        row.note(column, deviation(actual, expected, own, EXACT, DOUBLE), 1.0, f"{len(inputs[0])} rows")
+        row.note(
+            column, deviation(actual, expected, own, EXACT, DOUBLE), 1.0, f"{len(inputs[0])} rows"
+        )
 
 
 def _merged_compiled(row: Row, network: Network) -> None:
@@ -195,7 +205,12 @@ class _Program:
 
 
 def _compared(
-    row: Row, columns: tuple[str, str, str], where: str, written: _Program, planned: _Program, exact: PyTree
+    row: Row,
+    columns: tuple[str, str, str],
+    where: str,
+    written: _Program,
+    planned: _Program,
+    exact: PyTree,
 ) -> None:
     values, temporaries, operations = columns
     own = lambda: errors(written.results, exact, 2.0)  # noqa: E731

@@ -90,7 +90,9 @@ def deviation(
     allowed = [exact * size + floor * max(sizes) for size in sizes]
     if any(d > limit for d, limit in zip(found, allowed, strict=True)):
         allowed = [limit + error for limit, error in zip(allowed, own(), strict=True)]
-    return max(d / limit if limit else float(d > 0) for d, limit in zip(found, allowed, strict=True))
+    return max(
+        d / limit if limit else float(d > 0) for d, limit in zip(found, allowed, strict=True)
+    )
 
 
 def errors(actual: PyTree, expected: PyTree, factor: float = 1.0) -> list[float]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,18 +76,15 @@ class Model:
         """For inference and, if that differs, for training."""
         return (False, True) if self.trains else (False,)
 
-    def networks(self, train: bool) -> dict[str, Network]:
-        """The network in both floating types, with the same numbers."""
-        return {dtype: self._network(dtype, train) for dtype in ("float64", "float32")}
-
-    def _network(self, dtype: str, train: bool) -> Network:
+    def network(self, dtype: str, train: bool) -> Network:
+        """The network in a floating type, always with the same numbers."""
         made = self.make(jnp.dtype(dtype), train)
         params, state = (as_type(tree, dtype) for tree in self._numbers)
         return Network(made.apply, params, state, as_type(made.inputs, dtype))
 
     @functools.cached_property
     def _numbers(self) -> tuple[PyTree, PyTree]:
-        with jax.default_prng_impl("unsafe_rbg"):  # which compiles faster
+        with jax.default_prng_impl("unsafe_rbg"), jax.enable_x64(False):  # which compiles faster
             params, state = self.make(jnp.dtype("float32"), False).init()
         draw = np.random.default_rng(7)
         return off_initial(params, draw.normal), off_initial(state, draw.uniform)
@@ -98,7 +95,7 @@ def model(name: str, **how: Any) -> Callable[[Callable[..., Made]], Callable[...
 
     def add(make: Callable[..., Made]) -> Callable[..., Made]:
         package = make.__module__.rpartition(".")[2].replace("_", "-")
-        MODELS[name] = Model(name, package, make, **how)
+        MODELS[name] = Model(name, package, functools.cache(make), **how)
         return make
 
     return add
@@ -110,6 +107,12 @@ def load() -> None:
 
     for found in pkgutil.iter_modules(packages.__path__):
         importlib.import_module(f"{packages.__name__}.{found.name}")
+
+
+def chosen(names: Sequence[str]) -> list[Model]:
+    """The models of these names or packages, in this order; all where none is given."""
+    known = MODELS.values()
+    return [m for name in names for m in known if name in (m.name, m.package)] or list(known)
 
 
 # --- numbers ---

@@ -10,7 +10,7 @@ from .checks import Row
 
 COLUMNS = (
     "rewrites", "f64", "forced", "f32", "Adam", "temp", "ops", "seconds", "refuted",
-    "merge", "merge forced", "merge f32", "bytes", "merge temp", "merge ops", "merge s",
+    "merge", "merge forced", "merge f32", "bytes", "merge temp", "merge ops", "merge s", "all s",
 )  # fmt: skip
 
 
@@ -21,7 +21,9 @@ def table(rows: Sequence[Row]) -> Table:
         made.add_column(column, justify="right")
     for row in rows:
         style = "red" if row.failures else None
-        made.add_row(row.model.name, row.model.package, *(_cell(row, c) for c in COLUMNS), style=style)
+        made.add_row(
+            row.model.name, row.model.package, *(_cell(row, c) for c in COLUMNS), style=style
+        )
     return made
 
 
@@ -32,4 +34,9 @@ def _cell(row: Row, column: str) -> str:
 def line(row: Row) -> str:
     """One model while others are still to come."""
     cells = ", ".join(f"{c} {_cell(row, c)}" for c in COLUMNS if c in row.cells)
-    return "\n".join([f"{row.model.name} ({row.model.package}): {cells}", *(f"  FAILS {f}" for f in row.failures)])
+    return "\n".join(
+        [
+            f"{row.model.name} ({row.model.package}): {cells}",
+            *(f"  FAILS {f}" for f in row.failures),
+        ]
+    )
