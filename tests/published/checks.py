@@ -129,14 +129,14 @@ def _compiled(row: Row, network: Network, mode: str) -> None:
 
 
 def _adam(row: Row, network: Network) -> None:
-    fc = _folded(row, network)
+    """Ten steps, with every rewrite forced."""
     run = lambda apply, expand, params: values_of(trained(apply, expand), params, *network.inputs)  # noqa: E731
-    same = lambda params: params  # noqa: E731
-    expected = run(network.given_state, same, network.params)
-    own = lambda: errors(  # noqa: E731
-        run(network.given_state, same, rounded(network.params)), expected, ROUNDINGS
-    )
-    actual = run(fc.apply, fc.expand, fc.params)
+    plain = lambda params: run(network.given_state, lambda params: params, params)  # noqa: E731
+    expected = plain(network.params)
+    own = lambda: errors(plain(rounded(network.params)), expected, ROUNDINGS)  # noqa: E731
+    with always_fold():
+        fc = _folded(row, network)
+        actual = run(fc.apply, fc.expand, fc.params)
     row.note("Adam", deviation(actual, expected, own, EXACT, DOUBLE), 1.0)
 
 
