@@ -31,6 +31,8 @@ from .models import Model, Network, PyTree
 
 DOUBLE, SINGLE = 1e-13, 2e-7
 """What is allowed of the largest entry of all arrays."""
+RATIO = 1.01
+"""What is allowed of temporaries and operations: the loss that the planner may predict."""
 BATCHES = 3, 1
 
 
@@ -215,5 +217,5 @@ def _compared(
     values, temporaries, operations = columns
     own = lambda: errors(written.results, exact, 2.0)  # noqa: E731
     row.note(values, deviation(planned.results, exact, own, 0.0, SINGLE), 1.0, where)
-    row.note(temporaries, planned.temporaries / max(written.temporaries, 1), 1.0, where)
-    row.note(operations, planned.operations / max(written.operations, 1.0), 1.0, where)
+    row.note(temporaries, planned.temporaries / max(written.temporaries, 1), RATIO, where)
+    row.note(operations, planned.operations / max(written.operations, 1.0), RATIO, where)
