@@ -13,7 +13,7 @@ from ..adapters import linen
 from ..models import Made, model, numbers
 
 NODES = 4
-SENDERS, RECEIVERS = np.nonzero(~np.eye(NODES, dtype=bool))
+SENDERS, RECEIVERS = (i.astype(np.int32) for i in np.nonzero(~np.eye(NODES, dtype=bool)))
 
 
 class Layer(flax.linen.Module):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
+import jax.numpy as jnp
 import mamba2_jax
 from flax import nnx as flax_nnx
+from mamba2_jax import modeling
 
 from ..adapters import nnx
 from ..models import Made, below, model, numbers
+
+# It casts to single precision here and there, which would be all that double precision shows.
+modeling.jnp = types.SimpleNamespace(**{**vars(jnp), "float32": jnp.float64})
 
 SIZES = {"hidden_size": 16, "state_size": 8, "head_dim": 8, "chunk_size": 4, "num_hidden_layers": 2}
 
