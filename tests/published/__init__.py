@@ -5,6 +5,7 @@ compared with plain JAX on the model itself:
 
 * gradients, in double precision by numpy (as planned, and with every rewrite forced) and in single
   precision as compiled; ten steps of Adam; ``strict=True``;
+* conservation laws, whose derivatives along the gradient must be zero;
 * ``merge``, in the same three ways and for several batch sizes;
 * temporaries and operations of compiled programs, stored bytes, processor time of the transform.
 

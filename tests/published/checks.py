@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import fcjax
@@ -23,10 +24,11 @@ from .comparing import (
     deviation,
     errors,
     gradient,
+    largest,
     outputs,
     rounded,
     trained,
-)  # fmt: skip
+)
 from .models import Model, Network, PyTree
 
 DOUBLE, SINGLE = 1e-13, 2e-7
@@ -82,6 +84,8 @@ def checked(model: Model) -> Row:
             _adam(row, model.network("float64", model.modes[-1]))
         with row.catching("strict"):
             _strict(row, model.network("float64", False))
+        with row.catching("laws"):
+            _laws(row, model.network("float64", model.modes[-1]))
         network = model.network("float64", False)
         for forced in (False, True):
             with row.catching(f"merge{', forced' * forced}"), _forcing(forced):
@@ -146,6 +150,21 @@ def _strict(row: Row, network: Network) -> None:
     with contextlib.suppress(fcjax.NotFoldableError):
         fcjax.front_contribute(network.given_state, network.params, *network.inputs, strict=True)
         row.failures.append("strict=True passes")
+
+
+# --- conservation laws ---
+
+
+def _laws(row: Row, network: Network) -> None:
+    """No law changes along the gradient."""
+    args = network.params, *network.inputs
+    laws = fcjax.conservation_laws(network.given_state, *args)
+    _, direction = values_of(gradient(network.given_state), *args)
+    change = jax.jvp(laws.values, (network.params,), (jax.tree.map(jnp.asarray, direction),))[1]
+    pairs = zip(jax.tree.leaves(network.params), jax.tree.leaves(direction), strict=True)
+    size = sum(np.sum(np.abs(w * g)) for w, g in pairs)
+    row.note("laws", len(laws.names), np.inf)
+    row.note("drift", largest(change) / (DOUBLE * size), 1.0)
 
 
 # --- merge ---

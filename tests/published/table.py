@@ -10,6 +10,7 @@ from .checks import Row
 
 COLUMNS = (
     "rewrites", "f64", "forced", "f32", "Adam", "temp", "ops", "seconds", "refuted",
+    "laws", "drift",
     "merge", "merge forced", "merge f32", "bytes", "merge temp", "merge ops", "merge s", "all s",
 )  # fmt: skip
 
