@@ -14,13 +14,12 @@ from ..adapters import equinox
 from ..models import Made, model, numbers
 
 KEY = jax.random.key(0)
-IMAGES = numbers(3, 3, 16, 16)
 
 
-def on_images(net: Any) -> Made:
+def on_images(net: Any, size: int = 16) -> Made:
     """A network of one image, on a batch."""
     call = lambda net, x: jax.vmap(lambda x: net(x, key=KEY, inference=True))(x)  # noqa: E731
-    return equinox(eqx.nn.inference_mode(net), IMAGES, call=call)
+    return equinox(eqx.nn.inference_mode(net), numbers(3, 3, size, size), call=call)
 
 
 @model("MobileNet v3")
@@ -32,7 +31,8 @@ def mobilenet(dtype: Any, train: bool) -> Made:
 @model("ConvNeXt")
 def convnext(dtype: Any, train: bool) -> Made:
     sizes = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
-    return on_images(ConvNeXt(3, **sizes, layer_scale_init_value=0.1, num_classes=5, key=KEY))
+    net = ConvNeXt(3, **sizes, layer_scale_init_value=0.1, num_classes=5, key=KEY)
+    return on_images(net, 32)
 
 
 @model("Equimo ViT")
