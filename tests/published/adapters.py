@@ -39,6 +39,9 @@ def nnx(module: Any, *inputs: Any, **options: Any) -> Made:
     """A Flax NNX module in the mode that was set; it returns its statistics too."""
     from flax import nnx
 
+    for _, part in nnx.iter_graph(module):
+        if isinstance(part, nnx.Embed):
+            part.dtype = None  # it would round to the type in which it was made
     graph, params, state, others = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
 
     def apply(params: Any, state: Any, *inputs: Any) -> Any:
