@@ -33,7 +33,7 @@ def main() -> int:
     for model in chosen:
         rows.append(checked(model))
         print(line(rows[-1]), flush=True)
-    Console(width=220).print(table(rows))
+    Console(width=280).print(table(rows))
     return sum(bool(row.failures) for row in rows)
 
 

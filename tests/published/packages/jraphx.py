@@ -23,4 +23,4 @@ def add(name: str, of: str, **options: Any) -> None:
 
 
 add("GraphSAGE", "GraphSAGE", norm="layer_norm")
-add("GIN", "GIN")
+add("GIN", "GIN", norm="layer_norm")
