@@ -110,9 +110,16 @@ def load() -> None:
 
 
 def chosen(names: Sequence[str]) -> list[Model]:
-    """The models of these names or packages, in this order; all where none is given."""
+    """The models of these names or packages, in this order; all where none is given.
+
+    Raises:
+      KeyError: if there is nothing of a name.
+    """
     known = MODELS.values()
-    return [m for name in names for m in known if name in (m.name, m.package)] or list(known)
+    found = {name: [m for m in known if name in (m.name, m.package)] for name in names}
+    if unknown := [name for name, of in found.items() if not of]:
+        raise KeyError(f"no model or package is called {', '.join(unknown)}")
+    return [m for of in found.values() for m in of] or list(known)
 
 
 # --- numbers ---
