@@ -84,8 +84,10 @@ class Model:
 
     @functools.cached_property
     def _numbers(self) -> tuple[PyTree, PyTree]:
-        with jax.default_prng_impl("unsafe_rbg"), jax.enable_x64(False):  # which compiles faster
-            params, state = self.make(jnp.dtype("float32"), False).init()
+        with jax.enable_x64(False):
+            made = self.make(jnp.dtype("float32"), False)
+            with jax.default_prng_impl("unsafe_rbg"):  # which compiles faster
+                params, state = made.init()
         draw = np.random.default_rng(7)
         return off_initial(params, draw.normal), off_initial(state, draw.uniform)
 
