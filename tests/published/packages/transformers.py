@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 from typing import Any
 
@@ -10,15 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
-from transformers.models.longt5 import modeling_flax_longt5
-from transformers.models.t5 import modeling_flax_t5
 
 from ..adapters import DROPOUT
 from ..models import Made, below, model, numbers
 
-for module in (modeling_flax_t5, modeling_flax_longt5):  # jax has renamed an argument of clip
-    clip = lambda x, a_max, clip=jnp.clip: clip(x, max=a_max)  # noqa: E731
-    module.jnp = types.SimpleNamespace(**{**vars(jnp), "clip": clip})
+
+def clip(x: Any, *limits: Any, a_max: Any = None) -> Any:
+    """What ``jnp.clip`` was when T5 was published."""
+    return jnp.clip(x, *limits) if limits else jnp.clip(x, max=a_max)
+
+
+def published(name: str) -> Any:
+    """A class whose module runs with this jax, and in double precision all through."""
+    found = getattr(transformers, name)
+    changed = {"float32": jnp.float64, "clip": clip}
+    sys.modules[found.__module__].jnp = types.SimpleNamespace(**{**vars(jnp), **changed})
+    return found
+
 
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
 TEXT = {**LAYERS, "vocab_size": 60, "intermediate_size": 64, "max_position_embeddings": 32}
@@ -59,7 +68,7 @@ def add(
     @model(name, trains=True)
     def make(dtype: Any, train: bool) -> Made:
         built = getattr(transformers, config)(**sizes)
-        made = getattr(transformers, of)(built, dtype=dtype, _do_init=False)
+        made = published(of)(built, dtype=dtype, _do_init=False)
         has_state = hasattr(built, "hidden_sizes")
         key = jax.random.PRNGKey(DROPOUT)
         asked = {"train": train, "deterministic": not train, "dropout_rng": key, "indices_rng": key}
