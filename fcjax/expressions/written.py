@@ -22,7 +22,7 @@ from fcjax.planning.kernels import has_taps
 from fcjax.tracing import trace
 from fcjax.tracing.trace import Atom, Body, Equation, Kind, Value
 
-__all__ = ["Written", "handed_over", "is_view", "written"]
+__all__ = ["Written", "handed_over", "is_numeric", "is_view", "written"]
 
 Kinds = Callable[[Body, Sequence[Kind]], dict[Value, Kind]]
 
@@ -315,6 +315,14 @@ def _is_cut(value: Value, expr: Expr, readers: dict[Value, int], operands: set[V
         return False
     largest = max(f.leaf.size for t in expr.terms for f in t.factors if f.is_data)
     return _is_product(expr) or 2 * math.prod(value.shape) > largest
+
+
+def is_numeric(expr: Expr) -> bool:
+    """Whether a value is a sum of data, times numbers."""
+    return all(
+        len(t.factors) == 1 and t.factors[0].is_data and t.labels <= expr.free and not t.windows
+        for t in expr.terms
+    )
 
 
 def is_view(expr: Expr) -> bool:

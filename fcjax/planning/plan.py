@@ -21,7 +21,7 @@ from typing import Literal
 from fcjax.clusters import Clusters
 from fcjax.expressions import algebra
 from fcjax.expressions.terms import Expr, Unrepresentable
-from fcjax.expressions.written import Written, is_view
+from fcjax.expressions.written import Written, is_numeric, is_view
 from fcjax.planning.contraction import START, Cost
 from fcjax.planning.parts import Recipe
 from fcjax.planning.phases import in_phases
@@ -341,6 +341,18 @@ class _Search:
         saved = after.flops < (1 - MARGIN) * before.flops
         return not saved and not self.products.isdisjoint(values) and not folds_always()
 
+    def _is_fused_anyway(
+        self, roots: Sequence[Value], gone: Sequence[Value], before: Cost, after: Cost
+    ) -> bool:
+        """Whether all that is saved is adding up and scaling by numbers.
+
+        The compiler does that where a value is written or read, at no cost.
+        """
+        if folds_always() or any(_multiplies_weights(self.recipes[root]) for root in roots):
+            return False
+        numeric = [all(is_numeric(self.base[v].expr) for v in values) for values in (roots, gone)]
+        return all(numeric) or (after.flops >= (1 - MARGIN) * before.flops and any(numeric))
+
     def _without(self, root: Value, move: Iterable[Value]) -> Recipe:
         expr, square = self.recipes[root].expr, self.recipes[root].square
         for value in sorted(move, key=self.order.__getitem__, reverse=True):
@@ -382,6 +394,7 @@ class _Search:
         gone = tuple(v for v in group if v in self.gone)
         pays = _pays(before, after, self.objective, self.runs, for_sure=True)
         pays = pays and not self._saves_no_work(set(group), before, after)
+        pays = pays and not self._is_fused_anyway(roots, gone, before, after)
         return Change(roots, gone, before, after, pays)
 
 
