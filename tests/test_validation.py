@@ -339,3 +339,14 @@ def test_laws_of_what_is_rounded_on_the_way_are_not_claimed(dtype):
         return x @ p["a"] @ p["b"].astype(dtype).astype(float)
 
     assert len(fcjax.conservation_laws(fn, params, normal(5, 3))) == 0
+
+
+def test_keys_and_integers_among_the_parameters_are_left_alone():
+    params = {"a": normal(8, 16), "b": normal(16, 4), "key": jax.random.key(0), "n": jnp.arange(3)}
+
+    def fn(p, x):
+        return jax.nn.relu(x @ p["a"]) @ p["b"] + jax.random.normal(p["key"], (4,)) * p["n"].sum()
+
+    fc = fcjax.front_contribute(fn, params, X, optimizer=optax.sgd(0.1))
+    np.testing.assert_allclose(fc.apply(fc.params, X), fn(params, X), atol=1e-12)
+    assert len(fcjax.conservation_laws(fn, params, X).groups) == 1

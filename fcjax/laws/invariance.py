@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fcjax.laws.units import Place, Symmetry
@@ -43,7 +44,7 @@ def invariant(
     """
     if not symmetries or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return tuple(symmetries)
-    check = _Check(body, [_off(np.asarray(leaf)) for leaf in leaves])
+    check = _Check(body, [_off(leaf) for leaf in leaves])
     try:
         if check.holds(symmetries):
             return tuple(symmetries)
@@ -52,9 +53,10 @@ def invariant(
         return tuple(symmetries)
 
 
-def _off(array: Array) -> Array:
-    if array.dtype.kind != "f":
-        return array
+def _off(leaf: Any) -> Any:
+    if jnp.result_type(leaf) not in (jnp.float16, jnp.float32, jnp.float64):
+        return leaf
+    array = np.asarray(leaf)
     size = float(np.sqrt(np.mean(np.square(array)))) if array.size else 0.0
     return array + MOVED * (size or 1.0) * np.random.default_rng(0).standard_normal(array.shape)
 

@@ -68,7 +68,7 @@ class _Check:
         self.network, self.plan, self.reduction = network, plan, reduction
         self.contributions = contributions
         self.arguments = arguments
-        dtypes = [np.asarray(x).dtype for x in reduction.tree.leaves]
+        dtypes = map(jnp.result_type, reduction.tree.leaves)
         sizes = [d.itemsize for d in dtypes if jnp.issubdtype(d, jnp.floating)]
         self.close = CLOSE[8 if min(sizes, default=8) > 4 else 4]
 
@@ -108,7 +108,7 @@ class _Check:
         rng = np.random.default_rng(0)
         held = {leaf for fold in self.reduction.flows for leaf in (*fold.leaves, *fold.sources)}
         return [
-            np.asarray(leaf) if i in held or not trained else _off(np.asarray(leaf), rng)
+            leaf if i in held or not trained else _off(np.asarray(leaf), rng)
             for i, (leaf, trained) in enumerate(
                 zip(self.reduction.tree.leaves, self.reduction.tree.trained, strict=True)
             )
