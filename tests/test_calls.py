@@ -121,6 +121,8 @@ NEEDED = {
     "a length": lambda p, x, n: jnp.concatenate([segment(p, x), jnp.ones((n, 3))]),
     "a number of layers": lambda p, x, n: sum(segment(p, x) * i for i in range(1, n)),
     "its type": lambda p, x, n: segment(p, x * n if isinstance(n, int) else x[:1]),
+    "its type, for another value": lambda p, x, n: segment(p, x) * (5 if isinstance(n, int) else n),
+    "whether it is a scalar": lambda p, x, n: segment(p, x) * (7.5 if np.isscalar(n) else n),
     "Python's own arithmetic": lambda p, x, n: segment(p, x * math.sqrt(n)),
     "numpy's": lambda p, x, n: segment(p, x * np.sqrt(n)),
     "a loop": looped,

@@ -3,9 +3,9 @@
 A network is merged for sizes that are numbers. So it is merged for three choices of them, and what
 differs between the three programs is written in terms of the symbols:
 
-    shapes ``(2400, 16)``, ``(3360, 16)``, ``(5280, 16)``  are  ``(b, 16)``,
+    shapes ``(211, 16)``, ``(307, 16)``, ``(419, 16)``  are  ``(b, 16)``,
 
-and a number such as 1/2400, of a mean, is ``1 / b``. If anything else differs, or no such formula
+and a number such as 1/211, of a mean, is ``1 / b``. If anything else differs, or no such formula
 is found, it is an error.
 """
 
@@ -28,10 +28,10 @@ from fcjax.tracing.repeats import KNOWN
 
 __all__ = ["EVEN", "NUMBERS", "Sizes", "check_path", "check_results", "run"]
 
-NUMBERS = ((2401, 357), (3366, 765), (5287, 966))
+NUMBERS = ((211, 40), (307, 90), (419, 132))
 """Sizes of the first symbol, and by how much those of further ones are larger; they have little in
 common, so that no formula fits them by chance."""
-EVEN = ((2400, 480), (3360, 1440), (5280, 2400))
+EVEN = ((240, 48), (336, 144), (528, 240))
 """The same where many numbers divide all of them, for a network that divides them."""
 
 

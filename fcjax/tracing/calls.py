@@ -10,12 +10,18 @@ import numpy as np
 from jax import Array
 
 from fcjax import compat
+from fcjax.numbers.drawing import Draw, apart, settled
+from fcjax.numbers.interpreter import Interpreter, Unevaluated
+from fcjax.numbers.periodic import Numbers
 from fcjax.tracing import axes
+from fcjax.tracing.trace import Value
 
 __all__ = ["Call", "Calls"]
 
 NUMBERS = (int, float, complex)
 """Python numbers that are data; a bool is a flag, which may be compared by ``is``."""
+CLOSE = 1e-6
+"""By how much, relative to their size, results may be off by rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +126,8 @@ class Calls:
 
     All are, as for ``jax.jit``, so that another value needs no other plan: except those that the
     network needs as they are, because it branches on them, makes shapes of them or asks for their
-    type. Those are found by tracing: with arrays in their place it fails, or returns other shapes
-    or dtypes, or has a loop of unknown length, which has no derivative.
+    type. Those are found by tracing: with arrays in their place it fails, or returns other shapes,
+    dtypes or values, or has a loop of unknown length, which has no derivative.
     """
 
     def __init__(self, apply_fn: Callable[..., Any], structure: Any, avals: Sequence[Any]) -> None:
@@ -151,15 +157,30 @@ class Calls:
         written = self._traced(given)
         if written is None:  # whoever traces it next says what is wrong
             return frozenset()
-        if self._traced(given.with_arrays_at(candidates)) == written:
+        if self._is_same(written, given, candidates):
             return candidates
         taken = frozenset[int]()
         for number in sorted(candidates):
-            if self._traced(given.with_arrays_at(taken | {number})) == written:
+            if self._is_same(written, given, taken | {number}):
                 taken |= {number}
         return taken
 
-    def _traced(self, call: Call) -> Hashable | None:
+    def _is_same(self, written: "_Traced", given: Call, places: frozenset[int]) -> bool:
+        """Whether the network is the same with arrays in the place of some numbers."""
+        made = self._traced(given.with_arrays_at(places))
+        return (
+            made is not None
+            and made.kind == written.kind
+            and (made.loops > 0 or _agree(written, made, self._inputs(given, places)))
+        )
+
+    def _inputs(self, given: Call, places: frozenset[int]) -> list[Any]:
+        """For each input of the network the number that is one; None for arrays."""
+        _, marked = given.static
+        among = [x if i in places else None for i, (a, x) in enumerate(marked) if a or i in places]
+        return [None] * len(self._avals) + among
+
+    def _traced(self, call: Call) -> "_Traced | None":
         """What must not depend on whether numbers are arrays; None if the call fails to trace."""
         flat = call.flattened(self._apply_fn, self._structure)
         try:
@@ -167,7 +188,48 @@ class Calls:
         except Exception:  # of any kind: apply_fn is the user's
             return None
         results, structure = jax.tree.flatten(shapes)
-        return structure, tuple((x.shape, x.dtype) for x in results), _loops(jaxpr)
+        loops = _loops(jaxpr)
+        kind = structure, tuple((x.shape, x.dtype) for x in results), loops
+        return _Traced(jaxpr, kind, loops)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """A network as traced: its equations, what it returns, and how many loops of unknown length."""
+
+    jaxpr: Any
+    kind: Hashable
+    loops: int
+
+
+def _agree(written: _Traced, made: _Traced, inputs: Sequence[Any]) -> bool:
+    """Whether two networks compute the same, on random numbers.
+
+    They do not if the network asks for the type of a number.
+
+    Args:
+      written: the network with numbers.
+      made: the network with arrays in their place.
+      inputs: for each input of the latter its number; None for an array.
+    """
+    variables = [Value(v.aval) for v in compat.open_jaxpr(made.jaxpr)[0].invars]
+
+    def holds(draw: Draw) -> bool:
+        interpreter = Interpreter(draw.run)
+        pairs = list(zip(variables, inputs, strict=True))
+        arrays = [draw(v) if x is None else jnp.asarray(x) for v, x in pairs]
+        others = [array for array, (_, x) in zip(arrays, pairs, strict=True) if x is None]
+        results = (
+            interpreter.evaluate(written.jaxpr, others),
+            interpreter.evaluate(made.jaxpr, arrays),
+        )
+        numbers = [(a, b) for a, b in zip(*results, strict=True) if isinstance(a, Numbers)]
+        return all(apart(a, b)[0] <= CLOSE for a, b in numbers)
+
+    try:
+        return bool(settled(holds))
+    except Unevaluated:
+        return True
 
 
 def _loops(jaxpr: Any) -> int:
