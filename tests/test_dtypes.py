@@ -172,3 +172,9 @@ def test_products_of_half_precision_weights_keep_their_range(kind, dtype, stored
     rounding = float(jnp.finfo(dtype).eps)
     for ours, theirs in zip(relative(found, expected), own, strict=True):
         assert ours <= 2 * theirs + rounding
+    with always_fold():
+        merged = fcjax.merge(fn, params, x)
+        value = merged.apply(merged.params, x)
+    exact = exactly(wide, x)
+    (ours,), (theirs,) = relative(value, exact), relative(jax.jit(fn)(params, x), exact)
+    assert ours <= 2 * theirs + rounding

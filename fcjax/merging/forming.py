@@ -232,9 +232,10 @@ class _Lowering:
             return part
         axes = _kernel_axes(part)
         shape = tuple(math.prod(label.size for label in axis) for axis in axes)
-        value = Value(jax.core.ShapedArray(shape, self.expr.dtype))
+        dtype = self.stored(terms)
+        value = Value(jax.core.ShapedArray(shape, dtype))
         self.formed.append(Kernel(value, part, self.expr))
-        leaf = Leaf(value, "param", shape, self.expr.dtype, trainable=False)
+        leaf = Leaf(value, "param", shape, dtype, trainable=False)
         weight = Product(Term(1.0, (Factor(leaf, axes, (None,) * len(axes)),)), 0)
         taps = tuple(Taps(((g.tap, 1),) if g.tap is not None else (), 0) for g in part.grids)
         order = tuple(itertools.chain(*axes))
@@ -291,15 +292,20 @@ class _Lowering:
         """A new array over ``labels``."""
         labels = tuple(labels)
         dims = tuple((label,) for label in labels)
-        wide = jnp.result_type(
-            self.expr.dtype, *(f.leaf.dtype for term in terms for f in term.factors)
-        )
+        stored = self.stored(terms)
+        wide = jnp.result_type(stored, *(f.leaf.dtype for term in terms for f in term.factors))
         expr = Expr(dims, tuple(terms), wide, lax.Precision.HIGHEST)
-        value = Value(jax.core.ShapedArray(expr.shape, self.expr.dtype))
+        value = Value(jax.core.ShapedArray(expr.shape, stored))
         axes = tuple(i for i, label in enumerate(labels) if label in less_mean)
         self.formed.append(Formed(value, recipe(expr), axes, is_sum))
-        leaf = Leaf(value, "param", expr.shape, self.expr.dtype, trainable=False)
+        leaf = Leaf(value, "param", expr.shape, stored, trainable=False)
         return Factor(leaf, dims, (None,) * len(dims))
+
+    def stored(self, terms: Sequence[Term]) -> Any:
+        """The dtype of what is made of terms; a product may leave the range of float16."""
+        multiplied = any(len(term.factors) > 1 for term in terms)
+        narrow = self.expr.dtype == jnp.float16 and multiplied
+        return jnp.dtype(jnp.float32 if narrow else self.expr.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
