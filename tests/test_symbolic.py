@@ -158,6 +158,10 @@ REFUSED = {
         lambda p, x: jnp.sin(dense(p, x)) if type(x.shape[0]) is int else dense(p, x),
         "decides by a symbolic size what it computes",
     ),
+    "a size that is the same for even ones": (
+        lambda p, x: dense(p, x.reshape(-1, 2, 4).reshape(-1, 4)[: 2 * (x.shape[0] // 2)]),
+        "in a way that is not understood|could not be traced|does not take",
+    ),
     "a logarithm": (
         lambda p, x: dense(p, x) * np.log(float(x.shape[0])),
         "in a way that is not understood|could not be traced",

@@ -3,7 +3,7 @@
 A network is merged for sizes that are numbers. So it is merged for three choices of them, and what
 differs between the three programs is written in terms of the symbols:
 
-    shapes ``(211, 16)``, ``(307, 16)``, ``(419, 16)``  are  ``(b, 16)``,
+    shapes ``(211, 16)``, ``(308, 16)``, ``(426, 16)``  are  ``(b, 16)``,
 
 and a number such as 1/211, of a mean, is ``1 / b``. If anything else differs, or no such formula
 is found, it is an error.
@@ -28,9 +28,9 @@ from fcjax.tracing.repeats import KNOWN
 
 __all__ = ["EVEN", "NUMBERS", "Sizes", "check_path", "check_results", "run"]
 
-NUMBERS = ((211, 40), (307, 90), (419, 132))
-"""Sizes of the first symbol, and by how much those of further ones are larger; they have little in
-common, so that no formula fits them by chance."""
+NUMBERS = ((211, 41), (308, 91), (426, 133))
+"""Sizes of the first symbol, and by how much those of further ones are larger; they leave different
+remainders, so that no formula fits them by chance."""
 EVEN = ((240, 48), (336, 144), (528, 240))
 """The same where many numbers divide all of them, for a network that divides them."""
 
@@ -45,7 +45,7 @@ class Sizes:
     Attributes:
       symbols: the symbols by name.
       choices: for each of three choices, the number for every name.
-      known: the sizes that the network has, by their values.
+      known: the sizes that the network has, by their values, of which no two have the same.
     """
 
     def __init__(self, call: Call, numbers: Sequence[tuple[int, int]], jaxpr: Any) -> None:
@@ -55,7 +55,11 @@ class Sizes:
             {name: first + k * more for k, name in enumerate(self.symbols)}
             for first, more in numbers
         ]
-        self.known = {self.values(dim): dim for dim in _dims(jaxpr)}
+        self.known: dict[tuple[int, ...], Any] = {}
+        for dim in _dims(jaxpr):
+            same = self.known.setdefault(self.values(dim), dim)
+            if str(same) != str(dim):
+                raise _differ([same, dim])
 
     def values(self, size: Any) -> tuple[int, ...]:
         """What a size is for each choice."""
@@ -150,8 +154,21 @@ def run(sizes: Sizes, jaxprs: Sequence[Any], values: Sequence[Any]) -> list[Any]
       values: its inputs.
 
     Raises:
-      FrontContributionError: if anything differs that is no simple function of the symbols.
+      FrontContributionError: if anything differs that is no simple function of the symbols, or if
+        jax does not take the program with them.
     """
+    try:
+        return _run(sizes, jaxprs, values)
+    except FrontContributionError:
+        raise
+    except Exception as error:
+        raise FrontContributionError(
+            "jax does not take the merged network with symbolic sizes "
+            f"({type(error).__name__}: {error}); export it once for each size"
+        ) from error
+
+
+def _run(sizes: Sizes, jaxprs: Sequence[Any], values: Sequence[Any]) -> list[Any]:
     opened = [compat.open_jaxpr(jaxpr) for jaxpr in jaxprs]
     (first, *_) = bodies = [body for body, _ in opened]
     consts = [_same(sizes, each) for each in _together([list(c) for _, c in opened])]
@@ -193,7 +210,7 @@ def _bound(
         raise _differ(equations)
     inner = [trace.inlinable(e) for e in equations]
     if None not in inner:
-        return run(sizes, inner, operands)
+        return _run(sizes, inner, operands)
     params = {key: _same(sizes, [e.params[key] for e in equations]) for key in first.params}
     return compat.bind(first.replace(params=params), operands)
 
@@ -227,7 +244,7 @@ def _same_jaxpr(sizes: Sizes, found: Sequence[Any]) -> Any:
         )
         for inputs in _together([body.invars for body in bodies])
     ]
-    made = jax.make_jaxpr(lambda *values: run(sizes, found, values))(*avals)
+    made = jax.make_jaxpr(lambda *values: _run(sizes, found, values))(*avals)
     return made if isinstance(found[0], compat.ClosedJaxpr) else compat.open_jaxpr(made)[0]
 
 
