@@ -123,6 +123,9 @@ NEEDED = {
     "its type": lambda p, x, n: segment(p, x * n if isinstance(n, int) else x[:1]),
     "its type, for another value": lambda p, x, n: segment(p, x) * (5 if isinstance(n, int) else n),
     "whether it is a scalar": lambda p, x, n: segment(p, x) * (7.5 if np.isscalar(n) else n),
+    "a power of two": lambda p, x, n: segment(p, x) * 2**n,
+    "a fraction of a power": lambda p, x, n: segment(p, x) * 10**-n,
+    "a power that is too large": lambda p, x, n: segment(p, x) * (n**20 / n**19),
     "Python's own arithmetic": lambda p, x, n: segment(p, x * math.sqrt(n)),
     "numpy's": lambda p, x, n: segment(p, x * np.sqrt(n)),
     "a loop": looped,
@@ -137,7 +140,18 @@ def test_what_a_network_needs_as_it_is_stays_a_python_number(use, transform):
         found = transform(apply_fn, PARAMS, X, first)
         assert same(found, apply_fn, PARAMS, X, first)
         if transform is fcjax.front_contribute:  # merged weights may be made of the number
-            assert same(found, apply_fn, PARAMS, X, first + 1)
+            for other in (first + 1, 10):
+                assert same(found, apply_fn, PARAMS, X, other)
+
+
+@TRANSFORMS
+def test_a_number_that_the_example_had_not_as_such(transform):
+    """Another type of a number, or a number by its name, in a compiled call."""
+    apply_fn = lambda p, x, t=1.0: jnp.tanh(segment(p, x)) * t  # noqa: E731
+    found = transform(apply_fn, PARAMS, X, 2)
+    for call in (lambda apply, p: apply(p, X, 3.0), lambda apply, p: apply(p, X, t=0.5)):
+        actual = jax.jit(lambda p, call=call: call(found.apply, p))(found.params)
+        np.testing.assert_allclose(actual, call(apply_fn, PARAMS), rtol=1e-12)
 
 
 @TRANSFORMS

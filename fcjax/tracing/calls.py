@@ -1,7 +1,7 @@
 """The arguments of one call of a network."""
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ __all__ = ["Call", "Calls"]
 
 NUMBERS = (int, float, complex)
 """Python numbers that are data; a bool is a flag, which may be compared by ``is``."""
+INTEGERS = (-3, 13)
+"""At which Python's arithmetic is compared too: its powers are fractions, and never too large."""
 CLOSE = 1e-6
 """By how much, relative to their size, results may be off by rounding."""
 
@@ -85,6 +87,14 @@ class Call:
         return self._marked(
             structure, leaves, [a or i in places for i, (a, _) in enumerate(marked)]
         )
+
+    def with_other_ints(self, places: Iterable[int]) -> Iterator["Call"]:
+        """The call with other integers in the place of some Python integers, if there are any."""
+        structure, marked = self.static
+        ints = frozenset(i for i in places if type(marked[i][1]) is int)
+        for other in INTEGERS if ints else ():
+            leaves = tuple((a, other if i in ints else x) for i, (a, x) in enumerate(marked))
+            yield dataclasses.replace(self, static=(structure, leaves))
 
     def rebuild(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with other arrays in place of ``self.arrays``."""
@@ -168,11 +178,13 @@ class Calls:
     def _is_same(self, written: "_Traced", given: Call, places: frozenset[int]) -> bool:
         """Whether the network is the same with arrays in the place of some numbers."""
         made = self._traced(given.with_arrays_at(places))
-        return (
-            made is not None
-            and made.kind == written.kind
-            and (made.loops > 0 or _agree(written, made, self._inputs(given, places)))
-        )
+        if made is None or made.kind != written.kind:
+            return False
+        if made.loops:
+            return True
+        others = [(self._traced(other), other) for other in given.with_other_ints(places)]
+        pairs = [(written, given), *((w, o) for w, o in others if w and w.kind == written.kind)]
+        return all(_agree(w, made, self._inputs(call, places)) for w, call in pairs)
 
     def _inputs(self, given: Call, places: frozenset[int]) -> list[Any]:
         """For each input of the network the number that is one; None for arrays."""
@@ -217,7 +229,7 @@ def _agree(written: _Traced, made: _Traced, inputs: Sequence[Any]) -> bool:
     def holds(draw: Draw) -> bool:
         interpreter = Interpreter(draw.run)
         pairs = list(zip(variables, inputs, strict=True))
-        arrays = [draw(v) if x is None else jnp.asarray(x) for v, x in pairs]
+        arrays = [draw(v) if x is None else np.asarray(x, v.aval.dtype) for v, x in pairs]
         others = [array for array, (_, x) in zip(arrays, pairs, strict=True) if x is None]
         results = (
             interpreter.evaluate(written.jaxpr, others),
