@@ -15,6 +15,7 @@ __all__ = [
     "JaxprEqn",
     "Literal",
     "Var",
+    "are_constrained",
     "bind",
     "bound_axes",
     "evaluated",
@@ -55,6 +56,11 @@ def symbols(dims: Iterable[Any]) -> dict[str, Any]:
     """The symbols in symbolic dimensions, by name."""
     scopes = {name: dim.scope for dim in dims for name in dim._get_vars()}
     return {name: symbolic_shape(name, scope=scopes[name])[0] for name in sorted(scopes)}
+
+
+def are_constrained(dims: Iterable[Any]) -> bool:
+    """Whether it is known of any symbolic dimension how large it can be."""
+    return any(dim.scope._explicit_constraints for dim in dims)
 
 
 def evaluated(dim: Any, numbers: dict[str, Any]) -> int:

@@ -47,6 +47,7 @@ class Block(nn.Module):
         return nn.Dense(2)(x.mean(1))
 
 
+X = normal(EXAMPLE, 4)
 WEIGHTS = {"a": normal(4, 64), "b": normal(64, 8), "c": normal(8), "d": normal(8, 1)}
 
 
@@ -162,6 +163,14 @@ REFUSED = {
         lambda p, x: dense(p, x.reshape(-1, 2, 4).reshape(-1, 4)[: 2 * (x.shape[0] // 2)]),
         "in a way that is not understood|could not be traced|does not take",
     ),
+    "a size that is the same for large ones": (
+        lambda p, x: dense(p, x) * jnp.log1p(jax.core.min_dim(x.shape[0], 5)),
+        "in a way that is not understood",
+    ),
+    "a part of a constant": (
+        lambda p, x: dense(p, x) * jnp.arange(9.0)[: jax.core.min_dim(x.shape[0], 5)].sum(),
+        "in a way that is not understood",
+    ),
     "a logarithm": (
         lambda p, x: dense(p, x) * np.log(float(x.shape[0])),
         "in a way that is not understood|could not be traced",
@@ -175,6 +184,13 @@ def test_merged_networks_that_depend_on_sizes_otherwise_are_refused(name):
     made = fcjax.merge(apply_fn, WEIGHTS, normal(EXAMPLE, 4))
     with pytest.raises(FrontContributionError, match=message):
         exported(made.apply, made.params, normal(1, 4))
+
+
+def test_constraints_are_refused():
+    made = fcjax.merge(lambda p, x: dense(p, x) * (2 if x.shape[0] < 101 else 3), WEIGHTS, X)
+    sizes = export.symbolic_shape("rows, 4", constraints=["rows <= 100"])
+    with pytest.raises(FrontContributionError, match="without constraints"):
+        export.export(jax.jit(made.apply))(made.params, jax.ShapeDtypeStruct(sizes, X.dtype))
 
 
 def test_plans_are_made_for_numbers():

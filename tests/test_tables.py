@@ -59,3 +59,10 @@ def test_rows_that_are_never_read_are_not_trained_whatever_follows(reading, head
         np.testing.assert_array_equal(np.isnan(found[name]), np.isnan(value))
     found, expected = jax.tree.map(jnp.nan_to_num, (found, expected))
     assert relative_deviation(found, expected, floor=1e-3) < 1e-9
+
+
+def test_a_weight_without_columns_behind_a_look_up():
+    params = {"table": jnp.ones((3, 2)), "w": jnp.ones((0, 2))}
+    fn = lambda p, i: p["table"][i] @ p["w"].T  # noqa: E731
+    fc = fcjax.front_contribute(fn, params, jnp.array([0, 2]))
+    assert fc.apply(fc.params, jnp.array([1, 1, 0])).shape == (3, 0)

@@ -50,6 +50,11 @@ class Sizes:
 
     def __init__(self, call: Call, numbers: Sequence[tuple[int, int]], jaxpr: Any) -> None:
         dims = [d for x in call.arrays for d in x.shape if jax.export.is_symbolic_dim(d)]
+        if compat.are_constrained(dims):  # numbers may not fulfil them
+            raise FrontContributionError(
+                "a merged network is exported for symbolic sizes without constraints; export it "
+                "once for each size"
+            )
         self.symbols = compat.symbols(dims)
         self.choices = [
             {name: first + k * more for k, name in enumerate(self.symbols)}
@@ -57,8 +62,9 @@ class Sizes:
         ]
         self.known: dict[tuple[int, ...], Any] = {}
         for dim in _dims(jaxpr):
-            same = self.known.setdefault(self.values(dim), dim)
-            if str(same) != str(dim):
+            values = self.values(dim)
+            same = self.known.setdefault(values, dim)
+            if str(same) != str(dim) or len(set(values)) == 1:  # for these numbers alone
                 raise _differ([same, dim])
 
     def values(self, size: Any) -> tuple[int, ...]:

@@ -170,16 +170,16 @@ class _Prices:
             return 2 * ELEMENTWISE * max(sizes) * count / self.tokens
         made, rows, weight = sizes
         share = count / self.tokens
-        work = 2.0 * made * weight / self._columns(equation) * share
+        work = 2.0 * made * self._summed(equation) * share
         itemsize = equation.source.outvars[0].aval.dtype.itemsize  # type: ignore[attr-defined]
         traffic = sum(moved(itemsize * n) for n in (made * share, rows * share, weight))
         passes = 1 + sum(self.known[v].trainable for v in equation.values)
         return max(work, traffic) * passes
 
-    def _columns(self, equation: Equation) -> int:
+    def _summed(self, equation: Equation) -> int:
+        """How many products are added up for an entry of the result."""
         (_, contracted), _ = equation.source.params["dimension_numbers"]
-        shape = equation.values[1].shape
-        return math.prod(n for i, n in enumerate(shape) if i not in contracted)
+        return math.prod(equation.values[1].shape[i] for i in contracted)
 
     def look_up(self, value: Value) -> float:
         """Reading rows for every token, and adding their cotangents up."""

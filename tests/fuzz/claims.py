@@ -51,7 +51,7 @@ def consistent(fc, p, args, *, rebalanced=False):
     digits = 1e-7 if any(row.exactness == "approximate" for row in fc.report) else 1e-10
     assert rebalanced or gap(begun, p) < digits, "expand is not what was given"
     wanted = values_of(lambda p: fc.apply_fn(p, *args), p)
-    assert gap(first, wanted) < 1e-9, "expand has another function"
+    assert gap(first, wanted) < 10 * digits, "expand has another function"
     assert gap(folded, written) < 1e-9, "expand after a step has another function"
     assert gap(fc.reduce(full), moved) < 1e-9, "reduce after expand is not what was given"
 
@@ -80,7 +80,8 @@ def follows_the_flow(**options):
         if any(fc.check(params) for params, _ in moved.values()):
             return  # it says so
         deviations = [gap(moved[n][1], wanted[n]) for n in wanted]
-        falls = deviations[-1] < max(0.5 * max(deviations[:-1]), 1e-9)
+        # where a law leaves little of a square, half the digits of its root are lost
+        falls = deviations[-1] < max(0.5 * max(deviations[:-1]), 1e-7)
         assert falls, f"no convergence as the rate falls: {deviations}"
 
     return claim
