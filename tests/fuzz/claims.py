@@ -74,7 +74,8 @@ def follows_the_flow(**options):
             return  # nothing moves
         time = min(0.3 * norm(full) / slope, 3.0)
         wanted = {n: as_written(full, time / n, n)[1] for n in (8, 32, 128)}
-        if not gap(wanted[8], wanted[128]) < 0.1:
+        off, size = norm(jax.tree.map(np.subtract, wanted[8], wanted[128])), norm(wanted[128])
+        if not off < 0.1 * size:
             return  # the largest rate is no flow
         moved = {n: folded(fc.params, time / n, n) for n in wanted}
         if any(fc.check(params) for params, _ in moved.values()):
