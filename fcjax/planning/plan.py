@@ -350,8 +350,10 @@ class _Search:
         """
         if folds_always() or any(_multiplies_weights(self.recipes[root]) for root in roots):
             return False
-        numeric = [all(is_numeric(self.base[v].expr) for v in values) for values in (roots, gone)]
-        return all(numeric) or (after.flops >= (1 - MARGIN) * before.flops and any(numeric))
+        made, read = (all(is_numeric(self.base[v].expr) for v in vs) for vs in (roots, gone))
+        scaled = made and all(len(self.base[v].expr.terms) == 1 for v in roots)
+        same = after.flops >= (1 - MARGIN) * before.flops
+        return (made and read) or (same and (scaled or read))
 
     def _without(self, root: Value, move: Iterable[Value]) -> Recipe:
         expr, square = self.recipes[root].expr, self.recipes[root].square
