@@ -31,8 +31,13 @@ UNITS = 8
 """Units in the last place of the narrowest type that are no deviation."""
 DIGIT = 0.2
 """An array of a narrow type of whose largest entry so much may be off is not compared."""
-REFUSED = ("returns nothing differentiable", "nothing to train", "stand at a saddle")
-"""Networks that fcjax refuses by design."""
+REFUSED = (
+    "returns nothing differentiable",
+    "nothing to train",
+    "stand at a saddle",
+    r"arguments \(.*\[0.*\) reads",  # no rows, whose sum needs weights that are multiplied
+)
+"""Networks that fcjax refuses by design, as regular expressions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +179,9 @@ def _add(limits: dict[str, float], factor: float, expected: Any, other: Any) -> 
 
 
 def _crash(check: Check, error: BaseException) -> Failure | None:
-    if isinstance(error, fcjax.FrontContributionError) and any(r in str(error) for r in REFUSED):
+    if isinstance(error, fcjax.FrontContributionError) and any(
+        re.search(refused, str(error)) for refused in REFUSED
+    ):
         return None
     first_line = str(error).split("\n")[0]
     kind = "slow" if isinstance(error, TooSlow) else type(error).__name__
