@@ -259,6 +259,11 @@ NOTHING = {
     "cut away": lambda p, x: jnp.concatenate([x @ p["w"], 0 * x[:0] @ p["w"]])[:0],
     "tiled": lambda p, x: jnp.tile(x @ p["w"], (2, 1)),
     "softmax": lambda p, x: jax.nn.softmax(x, 0) @ p["w"],
+    "a product with itself": lambda p, x: (lambda y: y @ y.T)((x @ p["w"])[:, :0]),
+    "its own norms": lambda p, x: (lambda y: y * (y * y).sum(-1, keepdims=True))((x @ p["w"])[:0]),
+    "longer windows": lambda p, x: (lambda y: y * jnp.einsum("na,na->n", y, y)[:, None])(
+        lax.reduce_window(x @ p["w"], 0.0, lax.add, (1, 3), (1, 1), "VALID")
+    ),
 }
 
 

@@ -249,9 +249,11 @@ class _Reader:
 
 
 def _multiplies_activations(equation: Equation, known: dict[Value, Kind]) -> bool:
-    dtypes = {str(v.aval.dtype) for v in (*equation.values, *equation.outputs) if v is not None}
+    concerned = [v for v in (*equation.values, *equation.outputs) if v is not None]
+    dtypes = {str(v.aval.dtype) for v in concerned}
     return (
         equation.name == "dot_general"
+        and all(0 not in v.shape for v in concerned)
         and [known[v].of for v in equation.values] == ["data", "data"]
         and len(dtypes) == 1
         and has_precision(equation.source)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from fcjax.numbers.drawing import CLOSE, Draw, differ, less_mean, settled, size
@@ -42,7 +43,8 @@ def refuted(
     if not plan.recipes:
         return {}
     program = Program(plan)
-    return settled(lambda draw: _refuted(program, _Equations(plan, draw, formed), ahead))
+    with jax.ensure_compile_time_eval():  # numbers, also while something else is traced
+        return settled(lambda draw: _refuted(program, _Equations(plan, draw, formed), ahead))
 
 
 def _refuted(program: Program, equations: _Equations, ahead: bool) -> dict[Value, str]:
