@@ -16,11 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcjax.laws.units import Place, Symmetry
-from fcjax.numbers.drawing import Draw, settled
-from fcjax.numbers.entrywise import combined
+from fcjax.numbers.drawing import Draw, moving, settled, slope, still
 from fcjax.numbers.interpreter import Interpreter, Unevaluated
-from fcjax.numbers.periodic import STEP, Numbers
-from fcjax.tracing.trace import Body, Value
+from fcjax.tracing.trace import Body
 
 __all__ = ["invariant"]
 
@@ -93,12 +91,9 @@ class _Check:
         count = len(self.leaves)
         given = [interpreter.whole(x) for x in self.leaves]
         for i, step in by.items():
-            given[i] = combined(lambda a, step=step: a + 1j * STEP * step, [given[i]])
-        given += [_real(draw(value)) for value in self.body.inputs[count:]]
-        env = dict(self.body.constants) | dict(zip(self.body.inputs, given, strict=True))
-        interpreter.compute(self.body.equations, env)
-        outputs = [env[a] for a in self.body.outputs if isinstance(a, Value)]
-        return max((_largest(interpreter.whole(x)) for x in outputs), default=0.0)
+            given[i] = moving(given[i], step)
+        given += [still(draw(value)) for value in self.body.inputs[count:]]
+        return max(map(slope, interpreter.results(self.body, given)), default=0.0)
 
 
 def _amounts(symmetry: Symmetry, seed: int) -> Array:
@@ -116,13 +111,3 @@ def _step(place: Place, leaf: Array, by: Array) -> Array:
     step = np.zeros(leaf.size)
     step[place.rows(np.arange(leaf.size).reshape(leaf.shape))] = mixed.reshape(rows.shape)
     return float(place.charge) * step.reshape(leaf.shape)
-
-
-def _real(x: Any) -> Any:
-    return combined(np.real, [x]) if isinstance(x, Numbers) else x
-
-
-def _largest(x: Any) -> float:
-    if not isinstance(x, Numbers) or not x.period.size or x.period.dtype.kind != "c":
-        return 0.0
-    return float(np.max(np.abs(x.period.imag)) / STEP)

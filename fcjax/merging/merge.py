@@ -183,12 +183,15 @@ class Merged(Copied):
     def _with_symbols(self, params: PyTree, call: Call) -> PyTree:
         """``apply`` for sizes that are symbols, from the programs for several numbers."""
         symbolic = self._trace(call)
+
+        def traced_for(numbers: Any) -> tuple[Sizes, list[tuple[Call, Traced]]]:
+            sizes = Sizes(call, numbers, symbolic.jaxpr)
+            return sizes, [(c, self._trace(c)) for c in sizes.calls(call)]
+
         try:
-            sizes = Sizes(call, NUMBERS, symbolic.jaxpr)
-            traced = [(c, self._trace(c)) for c in sizes.calls(call)]
+            sizes, traced = traced_for(NUMBERS)
         except FrontContributionError:
-            sizes = Sizes(call, EVEN, symbolic.jaxpr)
-            traced = [(c, self._trace(c)) for c in sizes.calls(call)]
+            sizes, traced = traced_for(EVEN)
         programs = []
         for numbers, network in traced:
             check_path(symbolic.jaxpr, network.jaxpr)

@@ -33,8 +33,6 @@ NUMBERS = ((211, 41), (308, 91), (426, 133))
 remainders, so that no formula fits them by chance."""
 EVEN = ((240, 48), (336, 144), (528, 240))
 """The same where many numbers divide all of them, for a network that divides them."""
-
-
 UNCOUNTED = KNOWN | VIEWS | {"dim_as_value", "dynamic_slice", "gather", "clamp", "not", "or"}
 """Primitives that sizes and what is read at places are computed with."""
 

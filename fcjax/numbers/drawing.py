@@ -21,7 +21,18 @@ from fcjax.numbers.entrywise import combined
 from fcjax.numbers.periodic import STEP, Array, Numbers, Run, aligned
 from fcjax.tracing.trace import Value
 
-__all__ = ["CLOSE", "Draw", "apart", "differ", "less_mean", "settled", "size"]
+__all__ = [
+    "CLOSE",
+    "Draw",
+    "apart",
+    "differ",
+    "less_mean",
+    "moving",
+    "settled",
+    "size",
+    "slope",
+    "still",
+]
 
 POOL = 65537
 """Random numbers that all leaves are cut from: a prime, so that no shape meets them in step."""
@@ -159,3 +170,23 @@ def _apart(a: Array, b: Array, scale: float | None) -> float:
 def less_mean(numbers: Numbers, axis: int) -> Numbers:
     """Numbers less their mean over an axis."""
     return combined(np.subtract, [numbers, numbers.mean((axis,), keepdims=True)])
+
+
+# --- derivatives --------------------------------------------------------------------------------
+
+
+def still(x: Any) -> Any:
+    """Numbers without their derivatives; anything else as it is."""
+    return combined(np.real, [x]) if isinstance(x, Numbers) else x
+
+
+def moving(x: Numbers, by: Array) -> Numbers:
+    """Numbers with other derivatives."""
+    return combined(lambda a: a.real + 1j * STEP * by, [x])
+
+
+def slope(x: Any) -> float:
+    """The largest derivative; 0 for what has none."""
+    if not isinstance(x, Numbers) or not x.period.size or x.period.dtype.kind != "c":
+        return 0.0
+    return float(np.max(np.abs(x.period.imag)) / STEP)

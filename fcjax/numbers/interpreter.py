@@ -113,6 +113,13 @@ class Interpreter:
                 made = self.apply(equation.source, list(map(self.whole, operands)))
             env.update((v, x) for v, x in zip(equation.outputs, made, strict=True) if v is not None)
 
+    def results(self, body: Any, inputs: Sequence[Any]) -> list[Value]:
+        """The results of a body, given arrays or numbers for its inputs."""
+        env: dict[Any, Value] = dict(body.constants)
+        env |= dict(zip(body.inputs, inputs, strict=True))
+        self.compute(body.equations, env)
+        return [self.whole(self._read(env, atom)) for atom in body.outputs]
+
     def _read(self, env: dict[Any, Value], atom: Any) -> Value:
         return self.whole(atom.val) if isinstance(atom, compat.Literal) else env[atom]
 

@@ -153,9 +153,10 @@ class Calls:
         numbers = given.numbers
         if not numbers:
             return given
-        kind = given.with_arrays_at(numbers).key
+        every = given.with_arrays_at(numbers)
+        kind = every.key
         needed = self._needed.get(kind, frozenset())
-        call = given.with_arrays_at(numbers - needed)
+        call = given.with_arrays_at(numbers - needed) if needed else every
         if call.key not in self._settled:
             call = given.with_arrays_at(self._data(given, numbers - needed))
             self._needed[kind] = call.numbers

@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcjax.numbers.drawing import Draw, apart, settled
-from fcjax.numbers.entrywise import combined
+from fcjax.numbers.drawing import Draw, apart, moving, settled, slope, still
 from fcjax.numbers.interpreter import Interpreter, Unevaluated
-from fcjax.numbers.periodic import STEP, Numbers
+from fcjax.numbers.periodic import Numbers
 from fcjax.planning.plan import Plan
 from fcjax.rules.reduction import Reduction
 from fcjax.running.program import Program
-from fcjax.tracing.trace import Body, Value
+from fcjax.tracing.trace import Body
 
 __all__ = ["refuted_reduction"]
 
@@ -98,7 +97,7 @@ class _Check:
         taken = self.reduction.compression
         values = self.network.inputs[len(self.reduction.tree.leaves) :]
         if taken is None or not (taken.sources or taken.rows):
-            return [_real(draw(value)) for value in values]
+            return [still(draw(value)) for value in values]
         abstract = (jax.core.Tracer, jax.ShapeDtypeStruct)
         known = not any(isinstance(x, abstract) for x in self.arguments)
         return list(map(self.interpreter.whole, self.arguments)) if known else None
@@ -137,11 +136,7 @@ class _Check:
 
     def _outputs(self, full: Sequence[Any], given: Sequence[Any]) -> list[Any]:
         """What the original network returns."""
-        env: dict[Any, Any] = dict(self.network.constants)
-        env |= dict(zip(self.network.inputs, [*full, *given], strict=True))
-        self.interpreter.compute(self.network.equations, env)
-        outputs = [env[a] if isinstance(a, Value) else a.val for a in self.network.outputs]
-        return list(map(self.interpreter.whole, outputs))
+        return self.interpreter.results(self.network, [*full, *given])
 
     def _reduced_outputs(self, reduced: Sequence[Any], given: Sequence[Any]) -> list[Any]:
         """What the network returns on the trained parameters."""
@@ -164,12 +159,12 @@ class _Check:
         if not away:
             return None
         moved, beside = (
-            [_with_derivative(x, by.get(i)) for i, x in enumerate(full)]
+            [moving(x, by[i]) if i in by else x for i, x in enumerate(full)]
             for by in (away, {i: _random(full[i], i) for i in away})
         )
         found, usual = (self._outputs(leaves, given) for leaves in (moved, beside))
-        slope, size = (max(map(_slope, outputs), default=0.0) for outputs in (found, usual))
-        if slope > np.sqrt(self.close) * size:
+        off, size = (max(map(slope, outputs), default=0.0) for outputs in (found, usual))
+        if off > np.sqrt(self.close) * size:
             names = ", ".join(self.reduction.tree.paths[leaf] for leaf in sorted(away))
             return f"backpropagation moves {names} in directions that are not trained"
         return None
@@ -219,19 +214,5 @@ def _aval(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Numbers) else jax.typeof(x)
 
 
-def _real(x: Any) -> Any:
-    return combined(np.real, [x]) if isinstance(x, Numbers) else x
-
-
 def _random(like: Numbers, seed: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).standard_normal(like.shape)
-
-
-def _with_derivative(x: Numbers, by: np.ndarray[Any, Any] | None) -> Numbers:
-    return x if by is None else combined(lambda a: a.real + 1j * STEP * by, [x])
-
-
-def _slope(x: Any) -> float:
-    if not isinstance(x, Numbers) or not x.period.size or x.period.dtype.kind != "c":
-        return 0.0
-    return float(np.max(np.abs(x.period.imag)) / STEP)
