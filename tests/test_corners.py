@@ -37,17 +37,21 @@ def with_gradients(fn, params, args):
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, floats)
 
 
+def assert_same(found, expected, close=1e-11):
+    """Equal up to rounding, relative to each array's largest entry; NaN in the same places."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        size = np.max(np.abs(np.nan_to_num(b)), initial=1e-3)
+        np.testing.assert_allclose(a, b, rtol=close, atol=close * size)
+
+
 def checked(fn, params, *args, forced=True, close=1e-11):
     """Values and gradients of `fc.apply` are those of `fn`, NaN included; returns fc."""
     with always_fold() if forced else contextlib.nullcontext():
         fc = fcjax.front_contribute(fn, params, *args)
         str(fc)
         found = values_of(lambda p: with_gradients(fc.apply, p, args), fc.params)
-    expected = values_of(lambda p: with_gradients(fn, p, args), params)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        size = np.max(np.abs(np.nan_to_num(b)), initial=1e-3)
-        np.testing.assert_allclose(a, b, rtol=close, atol=close * size)
+    assert_same(found, values_of(lambda p: with_gradients(fn, p, args), params), close)
     return fc
 
 

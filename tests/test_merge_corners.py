@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from test_corners import normal
+from test_corners import assert_same, both, normal
 
 import fcjax
 from fcjax.numbers.interpreter import values_of
 from fcjax.planning.plan import always_fold
-
-both = pytest.mark.parametrize("forced", [False, True], ids=["planned", "forced"])
 
 
 def merged_as_written(fn, params, *args, forced=False, rows=()):
@@ -26,11 +24,7 @@ def merged_as_written(fn, params, *args, forced=False, rows=()):
         for count in (None, *rows):
             given = args if count is None else (normal(count, *args[0].shape[1:]), *args[1:])
             found = values_of(merged.apply, merged.params, *given)
-            expected = values_of(fn, params, *given)
-            assert jax.tree.structure(found) == jax.tree.structure(expected)
-            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-                size = np.max(np.abs(np.nan_to_num(b)), initial=1e-3)
-                np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11 * size)
+            assert_same(found, values_of(fn, params, *given))
     return merged
 
 

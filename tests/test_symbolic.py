@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax import export, lax
+from test_corners import normal
 
 import fcjax
 from fcjax.errors import FrontContributionError
@@ -16,10 +17,6 @@ from fcjax.numbers.interpreter import values_of
 
 EXAMPLE = 2048
 SIZES = (1, 7, 130)
-
-
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape))
 
 
 def like(tree, **symbols):

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from test_corners import normal
 
 import fcjax
 from fcjax.rules.unmoved import unmoved
@@ -18,21 +19,21 @@ LABELS = {"w": "frozen", "b": "frozen", "down": "trained", "up": "trained"}
 FROZEN = {"frozen": optax.set_to_zero(), "trained": optax.adam(1e-2)}
 
 
-def normal(*shape, seed):
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape) * shape[0] ** -0.5)
+def weight(*shape, seed):
+    return normal(*shape, seed=seed, scale=shape[0] ** -0.5)
 
 
 def adapter(seed):
     return {
-        "w": normal(WIDTH, WIDTH, seed=seed),
+        "w": weight(WIDTH, WIDTH, seed=seed),
         "b": jnp.zeros(WIDTH),
-        "down": normal(WIDTH, RANK, seed=seed),
-        "up": 0.1 * normal(RANK, WIDTH, seed=seed),
+        "down": weight(WIDTH, RANK, seed=seed),
+        "up": 0.1 * weight(RANK, WIDTH, seed=seed),
     }
 
 
 PARAMS = {f"layer_{i}": adapter(i) for i in range(LAYERS)}
-X = normal(1024, WIDTH, seed=9)
+X = weight(1024, WIDTH, seed=9)
 
 
 def adapted(params, x):
