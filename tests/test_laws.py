@@ -201,6 +201,24 @@ def test_groups_with_one_name_are_numbered():
     assert len(set(laws.names)) == len(laws.names) == len(laws)
 
 
+@pytest.mark.parametrize("times", [2, 3])
+def test_gains_of_what_is_joined_have_a_law_an_entry(times):
+    """The parts of an axis stand beside the rows, and not beside each other."""
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=(2, 2 * times))) for name in ("a", "b")}
+    x = jnp.asarray(rng.normal(size=(2, 2)))
+
+    def scaled(p, x):
+        return jnp.concatenate([x] * times, 1) * p["a"] * p["b"]
+
+    laws = fcjax.conservation_laws(scaled, params, x)
+    assert len(laws) == 4 * times
+    assert laws.rank() == (4 * times, 4 * times)
+    gradient = jax.grad(lambda p: jnp.sum(jnp.sin(scaled(p, x))))(params)
+    flow = jax.jvp(laws.values, (params,), (gradient,))[1]
+    np.testing.assert_allclose(flow, 0, atol=1e-14)
+
+
 def test_bad_arguments_are_refused_as_by_front_contribute():
     apply_fn, params, x = mlp()
     with pytest.raises(fcjax.FrontContributionError, match="apply_fn must be a function"):

@@ -295,12 +295,14 @@ class _Search:
         for position in sorted({p for n in solution for p in self.touching.get(n, ())}):
             self._follow(position, solution, pairs, broken)
         gone = {pairs.find(pair) for pair in broken}
-        found = []
+        found: list[dict[int, int]] = []
         for group in pairs.groups():
             nodes = [node for node, _ in group]
             alone = len(set(nodes)) == len(nodes) == len(solution)
             if alone and pairs.find(group[0]) not in gone:
-                found.append(dict(group))
+                one = dict(group)  # two parts that are stacked are beside a third, not each other
+                if all(one[n] in self._beside(earlier[n]) for earlier in found for n in nodes):
+                    found.append(one)
         return found
 
     def _beside(self, node: int) -> list[int]:
