@@ -304,6 +304,22 @@ def test_the_width_of_a_value_that_cancels_is_not_compressed(fn, params):
     np.testing.assert_allclose(fc.apply(fc.params, x), fn(params, x), atol=1e-12)
 
 
+def mixed_with_itself(p, x):
+    h = x @ p["a"][:, :2] + x
+    return jnp.concatenate([h @ h, h], 1) @ p["b"]
+
+
+def mixed_with_another(p, x):
+    h, other = x @ p["a"][:, :2] + x, x.T @ p["a"][:, :2]
+    return jnp.concatenate([h @ jnp.tanh(other), h], 1) @ p["b"]
+
+
+@both
+@pytest.mark.parametrize("fn", [mixed_with_itself, mixed_with_another])
+def test_low_rank_branches_of_which_data_are_a_factor(fn, forced):
+    checked(fn, {"a": normal(2, 4), "b": normal(4, 2)}, normal(2, 2), forced=forced)
+
+
 @pytest.mark.parametrize("number", [0, 2, 3, -1, -4])
 def test_a_looked_up_row_that_meets_a_function_of_itself(number):
     def fn(p, i):

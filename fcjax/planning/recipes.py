@@ -115,7 +115,8 @@ def _cheapest(group: tuple[Term, ...], expr: Expr, runs: float) -> Option:
         options.append((tuple(p for p, _ in alone), sum((c for _, c in alone), Cost())))
     if must_merge or (joins and len(group) > 1):
         options.append(through_one_weight(group, expr, runs))
-    if joins and len(group) > 1 and not must_merge and runs == 1:
+    apart = joins and len(group) > 1 and not must_merge and runs == 1
+    if apart and all(t.degree == 1 for t in group):  # the weights are of parameters alone
         options.append(in_separate_orders(group, expr))
     return min(options, key=lambda option: contraction.measure(option[1], runs))
 

@@ -153,7 +153,10 @@ def _in_narrow_types(network: Network, text: str, expected: Any) -> tuple[Any, d
     unit = max(float(jnp.finfo(dtype).eps) for dtype in network.narrow)
     double, limits = _expected(network, text, "in double"), _limits(expected, UNITS * unit)
     if double is not None:
-        double = jax.tree.map(lambda x, like: np.asarray(x).astype(like.dtype), double, expected)
+        with np.errstate(over="ignore"):  # what leaves the range of a narrow type is infinite in it
+            double = jax.tree.map(
+                lambda x, like: np.asarray(x).astype(like.dtype), double, expected
+            )
     _add(limits, 2.0, expected, double)
     for name, x in named(expected):  # one digit says nothing about the next
         limits[name] = np.inf if limits[name] > DIGIT * largest(x) else limits[name]
