@@ -76,6 +76,8 @@ def _product(name: str, given: list[Taint], found: set[str]) -> None:
 
 
 def _bodies(eqn: Any) -> Iterator[Jaxpr]:
+    if eqn.params.get("length") == 0:
+        return  # a loop that never runs multiplies nothing
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, (ClosedJaxpr, Jaxpr)):
