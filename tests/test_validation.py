@@ -341,6 +341,28 @@ def test_laws_of_what_is_rounded_on_the_way_are_not_claimed(dtype):
     assert len(fcjax.conservation_laws(fn, params, normal(5, 3))) == 0
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_laws_of_what_is_stored_in_half_precision_are_not_claimed(dtype):
+    params = {"a": normal(3, 4).astype(dtype), "b": normal(4, 2).astype(dtype)}
+    inputs = normal(5, 3).astype(dtype)
+    assert len(fcjax.conservation_laws(lambda p, x: x @ p["a"] @ p["b"], params, inputs)) == 0
+
+
+def test_what_cancels_in_a_loop_is_compared_with_what_goes_into_it():
+    params = {"a": normal(8, 4)}
+
+    def fn(p, x):
+        def step(h, row):
+            zero = x - jax.lax.stop_gradient(x)
+            return ((zero.reshape(-1) @ p["a"]).reshape(2, 2),) * 2
+
+        return jax.lax.scan(step, 0 * x[0], x)[1]
+
+    with always_fold():
+        fc = fcjax.front_contribute(fn, params, normal(2, 2, 2))
+    assert not fc.plan.refuted
+
+
 def test_keys_and_integers_among_the_parameters_are_left_alone():
     params = {"a": normal(8, 16), "b": normal(16, 4), "key": jax.random.key(0), "n": jnp.arange(3)}
 

@@ -27,7 +27,7 @@ MOVED = 0.02
 """How far the parameters are off their values, relative to their size: no bias is zero."""
 CLOSE = 1e-6
 """How much of the derivative in any direction is rounding: a cast to float32 leaves 1e-7, one to
-bfloat16 4e-3, so what is computed in half precision has no laws."""
+bfloat16 4e-3, so what is computed or stored in half precision has no laws."""
 
 
 def invariant(
@@ -40,6 +40,7 @@ def invariant(
       symmetries: what was found by reading it.
       leaves: the parameters; where their values are not known, nothing is left out.
     """
+    symmetries = [s for s in symmetries if all(_is_exact(leaves[p.leaf]) for p in s.places)]
     if not symmetries or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return tuple(symmetries)
     check = _Check(body, [_off(leaf) for leaf in leaves])
@@ -51,8 +52,13 @@ def invariant(
         return tuple(symmetries)
 
 
+def _is_exact(leaf: Any) -> bool:
+    """Whether a parameter is stored in full precision, so that its gradient does not round more."""
+    return bool(jnp.finfo(jnp.result_type(leaf)).eps <= CLOSE)
+
+
 def _off(leaf: Any) -> Any:
-    if jnp.result_type(leaf) not in (jnp.float16, jnp.float32, jnp.float64):
+    if jnp.result_type(leaf) not in (jnp.float32, jnp.float64):
         return leaf
     array = np.asarray(leaf)
     size = float(np.sqrt(np.mean(np.square(array)))) if array.size else 0.0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcjax.numbers.drawing import Draw, apart, settled
+from fcjax.numbers.drawing import Draw, apart, settled, size
 from fcjax.numbers.interpreter import Interpreter, Unevaluated
 from fcjax.numbers.periodic import Numbers
 from fcjax.running.program import NESTED, Nested, Program
@@ -68,14 +69,21 @@ def _compared(step: Nested, again: Any, which: int, draw: Draw) -> str | None:
     values = [interpreter.whole(x) for x in inputs]
     expected = interpreter.apply(equation.source, values)
     found = interpreter.evaluate(again, values)
-    answers = [_differ(a, b) for a, b in zip(found, expected, strict=True)]
+    scale = _largest([*values, *expected])
+    answers = [_differ(a, b, scale) for a, b in zip(found, expected, strict=True)]
     return next((answer for answer in answers if answer), None)
 
 
-def _differ(found: Any, expected: Any) -> str | None:
+def _largest(values: Iterable[Any]) -> tuple[float, float]:
+    """The size of the numbers that go in and out: what cancels has none of its own."""
+    sizes = [size(x) for x in values if isinstance(x, Numbers)]
+    return tuple(map(max, zip((0.0, 0.0), *sizes, strict=True)))
+
+
+def _differ(found: Any, expected: Any, scale: tuple[float, float]) -> str | None:
     if not isinstance(expected, Numbers):
         return None  # keys of random numbers
-    value, derivative = apart(found, expected)
+    value, derivative = apart(found, expected, scale)
     if value > CLOSE:
         return f"a result is off by {value:.1g} of its size"
     return f"a derivative is off by {derivative:.1g} of its size" if derivative > CLOSE else None

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import fcjax
@@ -143,21 +142,28 @@ def _allowed(network: Network, text: str, expected: Any) -> tuple[Any, dict[str,
     if network.narrow:
         return _in_narrow_types(network, text, expected)
     limits = _limits(expected, 1e-13)
+    for name in limits:  # what cancels is as small as the numbers that it is made of round
+        limits[name] = max(limits[name], 1e-13 * network.size)
     for other in network.perturbed:
         _add(limits, ROUNDINGS, expected, _expected(other, text))
     return expected, limits
 
 
 def _in_narrow_types(network: Network, text: str, expected: Any) -> tuple[Any, dict[str, float]]:
-    """The network in double precision, from which twice its own error may be off."""
-    unit = max(float(jnp.finfo(dtype).eps) for dtype in network.narrow)
-    double, limits = _expected(network, text, "in double"), _limits(expected, UNITS * unit)
+    """The network in double precision, from which twice its own error may be off.
+
+    Its own error is no smaller than what another rounding of all numbers changes: that of one
+    array may be small by luck.
+    """
+    double, limits = _expected(network, text, "in double"), _limits(expected, UNITS * network.unit)
     if double is not None:
         with np.errstate(over="ignore"):  # what leaves the range of a narrow type is infinite in it
             double = jax.tree.map(
                 lambda x, like: np.asarray(x).astype(like.dtype), double, expected
             )
     _add(limits, 2.0, expected, double)
+    for other in network.perturbed if double is not None else ():
+        _add(limits, 2.0, double, _expected(other, text, "in double"))
     for name, x in named(expected):  # one digit says nothing about the next
         limits[name] = np.inf if limits[name] > DIGIT * largest(x) else limits[name]
     return expected if double is None else double, limits

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from .differences import largest
 from .evaluating import narrow_types
 from .measures import is_float
 from .programs import Program
@@ -54,23 +57,33 @@ class Network:
         return narrow_types(jax.make_jaxpr(call)(self.p, arrays))
 
     @functools.cached_property
+    def unit(self) -> float:
+        """The unit in the last place of the narrowest type, relative to a number."""
+        return max((float(jnp.finfo(dtype).eps) for dtype in self.narrow), default=1e-15)
+
+    @functools.cached_property
+    def size(self) -> float:
+        """The largest weight or argument."""
+        leaves = [x for x in jax.tree.leaves((self.p, self.args)) if is_float(x)]
+        return max((largest(np.asarray(x)) for x in leaves), default=0.0)
+
+    @functools.cached_property
     def perturbed(self) -> tuple[Network, ...]:
-        """The same network with weights and arguments that are rounded otherwise, twice."""
-        spaces = (
-            self.space | {name: _nudged(self.space[name], seed) for name in ("p", "args")}
-            for seed in range(2)
-        )
-        return tuple(dataclasses.replace(self, space=space) for space in spaces)
+        """The same network with floating arrays that are rounded otherwise, twice."""
+        return tuple(self._nudged(seed) for seed in range(2))
 
+    def _nudged(self, seed: int) -> Network:
+        """The network with all floating arrays changed in the last digits of the narrowest type."""
+        rng = np.random.default_rng(seed)
 
-def _nudged(tree: Any, seed: int) -> Any:
-    """All floating arrays changed in their last digits."""
-    rng = np.random.default_rng(seed)
+        def moved(leaf: Any) -> Any:
+            steps = rng.choice([-1, 0, 1], np.shape(leaf))
+            return leaf * (1 + self.unit * steps).astype(leaf.dtype) if is_float(leaf) else leaf
 
-    def moved(leaf: Any) -> Any:
-        return leaf * (1 + 1e-15 * rng.choice([-1, 0, 1], leaf.shape)) if is_float(leaf) else leaf
-
-    return jax.tree.map(moved, tree)
+        space = dict(self.space)
+        space |= {n: jax.tree.map(moved, space[n]) for n in ("p", "args", "c") if n in space}
+        space["f"] = types.FunctionType(self.f.__code__, space)
+        return dataclasses.replace(self, space=space)
 
 
 def network(program: Program) -> Network:
