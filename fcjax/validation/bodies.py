@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcjax.numbers.drawing import Draw, apart, settled, size
+from fcjax.numbers.entrywise import combined
 from fcjax.numbers.interpreter import Interpreter, Unevaluated
-from fcjax.numbers.periodic import Numbers
+from fcjax.numbers.periodic import STEP, Numbers
 from fcjax.running.program import NESTED, Nested, Program
 from fcjax.tracing.trace import Value
 
@@ -20,6 +21,8 @@ __all__ = ["refuted_steps"]
 
 TURNS = 3
 """How many turns of a loop are compared."""
+HUGE = 1e100
+"""From here on a number may be infinite, or none, in another order of products."""
 CLOSE = 1e-5
 """By how much two evaluations differ that may go through functions only jax has, in float32."""
 
@@ -69,9 +72,23 @@ def _compared(step: Nested, again: Any, which: int, draw: Draw) -> str | None:
     values = [interpreter.whole(x) for x in inputs]
     expected = interpreter.apply(equation.source, values)
     found = interpreter.evaluate(again, values)
-    scale = _largest([*values, *expected])
-    answers = [_differ(a, b, scale) for a, b in zip(found, expected, strict=True)]
+    pairs = [
+        (_kept(a, b), _kept(b, a))
+        for a, b in zip(found, expected, strict=True)
+        if isinstance(b, Numbers)  # others are keys of random numbers
+    ]
+    scale = _largest([*values, *(b for _, b in pairs)])
+    answers = [_differ(a, b, scale) for a, b in pairs]
     return next((answer for answer in answers if answer), None)
+
+
+def _kept(x: Numbers, other: Numbers) -> Numbers:
+    """Numbers without those that overflow in both: loops that explode are not compared."""
+    return combined(lambda a, b: np.where(_is_huge(a) & _is_huge(b), 0, a), [x, other])
+
+
+def _is_huge(x: Any) -> Any:
+    return ~((np.abs(np.real(x)) < HUGE) & (np.abs(np.imag(x)) < HUGE * STEP))
 
 
 def _largest(values: Iterable[Any]) -> tuple[float, float]:
@@ -80,9 +97,7 @@ def _largest(values: Iterable[Any]) -> tuple[float, float]:
     return tuple(map(max, zip((0.0, 0.0), *sizes, strict=True)))
 
 
-def _differ(found: Any, expected: Any, scale: tuple[float, float]) -> str | None:
-    if not isinstance(expected, Numbers):
-        return None  # keys of random numbers
+def _differ(found: Numbers, expected: Numbers, scale: tuple[float, float]) -> str | None:
     value, derivative = apart(found, expected, scale)
     if value > CLOSE:
         return f"a result is off by {value:.1g} of its size"

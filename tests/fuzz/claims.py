@@ -13,17 +13,20 @@ from .evaluating import executable, values_of
 from .measures import is_float, some
 
 
-def gap(a, b):
-    """The largest difference of two pytrees, relative to each leaf of b; infinite if one is."""
+def gap(a, b, least=1e-3):
+    """The largest difference of two pytrees, relative to each leaf of b; infinite if one is.
+
+    Leaves of smaller entries than ``least`` count as of that size.
+    """
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return max((gap_of_leaf(np.asarray(x), np.asarray(y)) for x, y in pairs), default=0.0)
+    return max((gap_of_leaf(np.asarray(x), np.asarray(y), least) for x, y in pairs), default=0.0)
 
 
-def gap_of_leaf(x, y):
+def gap_of_leaf(x, y, least):
     if not np.array_equal(np.isfinite(x), np.isfinite(y)):
         return np.inf
     finite = np.isfinite(y)
-    size = max(np.max(np.abs(y[finite]), initial=0), 1e-3)
+    size = max(np.max(np.abs(y[finite]), initial=0), least)
     return float(np.max(np.abs(x[finite] - y[finite]), initial=0) / size)
 
 
@@ -48,10 +51,15 @@ def consistent(fc, p, args, *, rebalanced=False):
     (begun, first, _), (full, written, folded) = (values_of(run, q) for q in (fc.params, moved))
     assert jax.tree.map(jnp.shape, begun) == jax.tree.map(jnp.shape, p), "shapes"
     # Laws determine squares: of a weight that is small beside the others half the digits are lost.
-    digits = 1e-7 if any(row.exactness == "approximate" for row in fc.report) else 1e-10
-    assert rebalanced or gap(begun, p) < digits, "expand is not what was given"
-    wanted = values_of(lambda p: fc.apply_fn(p, *args), p)
-    assert gap(first, wanted) < 10 * digits, "expand has another function"
+    closed = any(row.exactness == "approximate" for row in fc.report)
+    digits, least = (1e-7, max(norm(p), 1e-3)) if closed else (1e-10, 1e-3)
+    assert rebalanced or gap(begun, p, least) < digits, "expand is not what was given"
+    wanted, beside = (
+        values_of(lambda p: fc.apply_fn(p, *args), q)
+        for q in (p, jax.tree.map(lambda w: w + digits * least if is_float(w) else w, p))
+    )
+    allowed = 10 * (digits + gap(beside, wanted) * closed)
+    assert gap(first, wanted) < allowed, "expand has another function"
     assert gap(folded, written) < 1e-9, "expand after a step has another function"
     assert gap(fc.reduce(full), moved) < 1e-9, "reduce after expand is not what was given"
 
@@ -119,6 +127,8 @@ def closes(**options):
         full, moved = fc.expand(fc.params), jax.tree.map(lambda w: w * 1.02, fc.params)
         if not any(row.exactness == "approximate" for row in fc.report) or fc.check(moved):
             return
+        if not any(np.any(x) for x in jax.tree.leaves(fc.apply(moved, *args))):
+            return  # nothing trains a network that is zero
         laws = fcjax.conservation_laws(f, full, *args)
         of_units = np.array(["entry" not in name for name in laws.names], bool)
         change = np.asarray(laws.drift(full, fc.expand(moved)))[of_units]

@@ -47,9 +47,11 @@ def _equation(eqn: Any, given: list[Taint], found: set[str]) -> list[Taint]:
         if len(inner.invars) <= len(given):
             operands = given[len(given) - len(inner.invars) :]
             made = _walk(inner, operands, found)
-            together |= frozenset().union(*made)
             if again := _next_run(eqn, operands, made):
-                _walk(inner, again, found)
+                made += _walk(inner, again, found)
+            if eqn.primitive.name == "scan":
+                together = frozenset()  # what a loop carries may be forgotten by its body
+            together |= frozenset().union(*made)
     if eqn.primitive.name in (*LAYERS, "mul"):
         _product(eqn.primitive.name, given, found)
     return [together] * len(eqn.outvars)

@@ -137,6 +137,7 @@ def attended(b: Context, q: str, k: str, v: str, t: int, width: int, mask: str, 
 def attention(b, x, *, heads, shared, width, mask, kind, rope, normed, out):
     """Self-attention; ``shared`` heads of queries read the same keys and values."""
     b.need(x.ndim >= 2 and (not rope or width % 2 == 0))
+    b.need(kind != "linear" or "inf" not in MASKS[mask])  # times values: NaN in some orders only
     name, t, n = b.step.name, x.shape[-2], heads * shared
     parts = []
     for letter, count in (("q", n), ("k", heads), ("v", heads)):
