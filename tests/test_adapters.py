@@ -14,7 +14,7 @@ from training import relative_deviation
 import fcjax
 from fcjax.planning.parts import Linear
 
-ROWS, WIDTH, RANK = 1024, 384, 4
+ROWS, WIDTH, RANK = 1024, 192, 32
 
 
 def adapted(params, x, *, frozen):

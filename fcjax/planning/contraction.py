@@ -40,6 +40,9 @@ VECTOR = 0.25
 """The part of ``START`` that a product with a vector takes: the compiler fuses it with others."""
 ELEMENTWISE = 4.0
 """Operations that one fused elementwise operation counts as."""
+SINGLE = 4
+"""Bytes of the widest number with which operations take no longer: of float64 a processor computes
+half as many at once."""
 WIDENED = 1e9
 """How much dearer a product counts for inference that repeats data for every entry of a weight, as
 a matrix for each example: other orders do what it does on the data, which have fewer entries."""
@@ -80,12 +83,15 @@ class Operand:
       trainable: whether a gradient flows to it.
       once: whether it is formed once for all runs of the body that uses it.
       itemsize: bytes of an element.
+      fused: whether it is an entrywise product of data, which is written only where a product with
+        another array needs it.
     """
 
     labels: frozenset[Label]
     trainable: bool
     once: bool
     itemsize: int
+    fused: bool = False
 
     @functools.cached_property
     def bytes(self) -> float:
@@ -141,13 +147,17 @@ def pair(a: Operand, b: Operand, keep: frozenset[Label], runs: float = 1) -> tup
     once = a.once and b.once
     result = Operand(union & keep, a.trainable or b.trainable, once, max(a.itemsize, b.itemsize))
     passes = 1 + a.trainable + b.trainable
-    work = size(union)
+    work, slowness = size(union), max(result.itemsize / SINGLE, 1.0)
     if union <= keep:
-        cost = Cost(time=ELEMENTWISE * work * passes, flops=work * passes)
+        result = dataclasses.replace(result, fused=not once)
+        cost = Cost(time=ELEMENTWISE * slowness * work * passes, flops=work * passes)
+        if once:
+            cost = cost + written(result, runs)
     else:
         traffic = a.traffic(runs) + b.traffic(runs)
-        cost = Cost(time=max(2 * work, traffic) * passes, flops=2 * work * passes)
-        cost = cost + written(result, runs)
+        cost = Cost(time=max(2 * work * slowness, traffic) * passes, flops=2 * work * passes)
+        for array in (result, *(o for o in (a, b) if o.fused)):
+            cost = cost + written(array, runs)
     light = min(len(a.labels), len(b.labels)) < 2
     cost = cost + Cost(time=begun(runs) * passes * (VECTOR if light else 1.0))
     return result, cost * (1 / runs if once else 1.0)
