@@ -219,6 +219,24 @@ def test_gains_of_what_is_joined_have_a_law_an_entry(times):
     np.testing.assert_allclose(flow, 0, atol=1e-14)
 
 
+def test_laws_of_look_ups_are_those_of_rows_that_stand_in_the_table():
+    """Beside the table ``x[i]`` gives the nearest row, to which JAX passes no gradient."""
+    rng = np.random.default_rng(0)
+    params = {
+        "table": jnp.asarray(rng.normal(size=(5, 3))),
+        "w": jnp.asarray(rng.normal(size=(3, 2))),
+    }
+    apply_fn = lambda p, i: jnp.tanh(p["table"][i] @ p["w"])  # noqa: E731
+    laws = fcjax.conservation_laws(apply_fn, params, jnp.arange(4))
+
+    def change(indices):
+        gradient = jax.grad(lambda p: jnp.sum(apply_fn(p, indices) ** 2))(params)
+        return np.abs(jax.jvp(laws.values, (params,), (gradient,))[1]).max()
+
+    assert len(laws) == 6
+    assert change(jnp.array([0, 4, -1, 4])) < 1e-14 < 1e-3 < change(jnp.array([0, 4, 9, 4]))
+
+
 def test_bad_arguments_are_refused_as_by_front_contribute():
     apply_fn, params, x = mlp()
     with pytest.raises(fcjax.FrontContributionError, match="apply_fn must be a function"):

@@ -44,7 +44,9 @@ def conservation_laws(
     mixing of the units may be undone, and the law is the symmetric matrix
     :math:`\sum_{in} W^T W - \sum_{out} W W^T`. Laws are found for dense and convolutional layers,
     residual and parallel branches, gains, gated units, embeddings and attention heads. What is not
-    known to scale ends a law; a network without laws gives an empty result with a reason.
+    known to scale ends a law; a network without laws gives an empty result with a reason. Indices
+    of look-ups stand in their tables: for others ``x[i]`` returns a row, but JAX gives that row no
+    gradient. Weights in half precision have no laws: their gradients round too much.
 
     Args:
       apply_fn: a pure function ``apply_fn(params, *args)`` that returns any pytree.
