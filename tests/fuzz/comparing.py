@@ -141,9 +141,7 @@ def _allowed(network: Network, text: str, expected: Any) -> tuple[Any, dict[str,
     """What a result is compared with, and the deviation of each array that rounding explains."""
     if network.narrow:
         return _in_narrow_types(network, text, expected)
-    limits = _limits(expected, 1e-13)
-    for name in limits:  # what cancels is as small as the numbers that it is made of round
-        limits[name] = max(limits[name], 1e-13 * network.size)
+    limits = _limits(expected, 1e-13, network.size)
     for other in network.perturbed:
         _add(limits, ROUNDINGS, expected, _expected(other, text))
     return expected, limits
@@ -156,6 +154,8 @@ def _in_narrow_types(network: Network, text: str, expected: Any) -> tuple[Any, d
     array may be small by luck.
     """
     double, limits = _expected(network, text, "in double"), _limits(expected, UNITS * network.unit)
+    beside = _limits(expected, 2 * network.unit, network.size)
+    limits = {name: max(limit, beside[name]) for name, limit in limits.items()}
     if double is not None:
         with np.errstate(over="ignore"):  # what leaves the range of a narrow type is infinite in it
             double = jax.tree.map(
@@ -169,9 +169,9 @@ def _in_narrow_types(network: Network, text: str, expected: Any) -> tuple[Any, d
     return expected if double is None else double, limits
 
 
-def _limits(expected: Any, unit: float) -> dict[str, float]:
-    """Units of the largest entry of all."""
-    floor = unit * max((largest(x) for _, x in named(expected)), default=0.0)
+def _limits(expected: Any, unit: float, size: float = 0.0) -> dict[str, float]:
+    """Units of the largest entry of all, or of what they are made of: it may cancel."""
+    floor = unit * max([size, *(largest(x) for _, x in named(expected))])
     return {name: max(EXACT * largest(x), floor) for name, x in named(expected)}
 
 

@@ -20,9 +20,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from fcjax.numbers import interpreter
 
 FAST_TO_COMPILE = {
-    "xla_backend_optimization_level": 0,
+    "xla_backend_optimization_level": 1,
     "xla_llvm_disable_expensive_passes": True,
 }
+"""At level 0 sums that are computed twice round twice, so that the gradient of a maximum, which
+looks for it, divides by zero, also as written."""
 Way = Literal["fast", "in double", "compiled"]
 
 _way = contextvars.ContextVar[Way]("way", default="fast")
