@@ -348,6 +348,18 @@ def test_laws_of_what_is_stored_in_half_precision_are_not_claimed(dtype):
     assert len(fcjax.conservation_laws(lambda p, x: x @ p["a"] @ p["b"], params, inputs)) == 0
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_numbers_that_are_added_up_round_as_they_may(dtype):
+    params, x = {"a": normal(2, 2).astype(dtype)}, normal(2).astype(dtype)
+
+    def fn(p, x):
+        product = x @ p["a"]
+        moved = product + 0.7
+        return moved + 0.1 * (product - moved)
+
+    assert not fcjax.front_contribute(fn, params, x).plan.refuted
+
+
 def test_what_cancels_in_a_loop_is_compared_with_what_goes_into_it():
     params = {"a": normal(8, 4)}
 

@@ -64,9 +64,12 @@ def _refuted(program: Program, equations: _Equations, ahead: bool) -> dict[Value
 
 
 def _close(recipe: Recipe, equations: _Equations) -> float:
-    """How far a recipe may be off: what jax traces first, or is formed, is rounded to the dtype."""
-    traced = any(isinstance(part, Linear) and part.apart for part in recipe.parts)
-    rounded = traced or any(leaf in equations.formed for leaf in recipe.expr.leaves)
+    """How far a recipe may be off: what jax traces first, is formed or a number, is rounded."""
+    rounded = (
+        any(isinstance(part, Linear) and part.apart for part in recipe.parts)
+        or any(leaf in equations.formed for leaf in recipe.expr.leaves)
+        or any(not term.factors for term in recipe.expr.terms)
+    )
     floating = jnp.issubdtype(recipe.expr.dtype, jnp.floating)
     return (
         max(CLOSE, 4 * float(jnp.finfo(recipe.expr.dtype).eps)) if rounded and floating else CLOSE

@@ -28,6 +28,8 @@ ROUNDINGS = 100
 """How many times what rounding all weights differently changes may be off beside that."""
 UNITS = 8
 """Units in the last place of the narrowest type that are no deviation."""
+COTANGENT = 1.0
+"""The largest number that gradients are added up from."""
 DIGIT = 0.2
 """An array of a narrow type of whose largest entry so much may be off is not compared."""
 REFUSED = (
@@ -153,9 +155,8 @@ def _in_narrow_types(network: Network, text: str, expected: Any) -> tuple[Any, d
     Its own error is no smaller than what another rounding of all numbers changes: that of one
     array may be small by luck.
     """
-    double, limits = _expected(network, text, "in double"), _limits(expected, UNITS * network.unit)
-    beside = _limits(expected, 2 * network.unit, network.size)
-    limits = {name: max(limit, beside[name]) for name, limit in limits.items()}
+    double = _expected(network, text, "in double")
+    limits = _limits(expected, UNITS * network.unit, COTANGENT)
     if double is not None:
         with np.errstate(over="ignore"):  # what leaves the range of a narrow type is infinite in it
             double = jax.tree.map(

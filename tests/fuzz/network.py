@@ -63,9 +63,9 @@ class Network:
 
     @functools.cached_property
     def size(self) -> float:
-        """The largest weight or argument, or cotangent: these are up to 1."""
+        """The largest weight or argument."""
         leaves = [x for x in jax.tree.leaves((self.p, self.args)) if is_float(x)]
-        return max([1.0, *(largest(np.asarray(x)) for x in leaves)])
+        return max((largest(np.asarray(x)) for x in leaves), default=0.0)
 
     @functools.cached_property
     def perturbed(self) -> tuple[Network, ...]:
