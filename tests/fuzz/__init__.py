@@ -17,8 +17,8 @@ From the root of the repository::
     python -m tests.fuzz --all 1200           # 10,800 programs over all families
 
 The last is what to run before a release, on the oldest and the newest Python. `test_fuzz.py` runs
-200 programs of each family, whose seeds advance with the number of commits: every commit tries
-programs that none has tried before.
+80 programs of each family, half of them on either, whose seeds advance with the number of commits:
+every commit tries programs that none has tried before.
 
 An operation is a function in one of the `ops_*` modules: it takes the values it reads, and
 keyword-only arguments whose domains the decorator names; it returns an expression. What JAX refuses
