@@ -83,3 +83,18 @@ def test_what_the_radial_closure_takes_is_left_as_it_is():
     )
     assert {row.rule for row in fc.report} == {"radial"}
     jax.tree.map(np.testing.assert_allclose, fc.expand(fc.params), params)
+
+
+def test_what_follows_another_weight_is_not_compressed_too():
+    """Balanced weights behind an outer product are equal but for signs, and few are reached."""
+    params = {"u": normal(2), "v": normal(8), "w": normal(8, seed=1)}
+    x = normal(2, 2)
+
+    def apply(p, x):
+        return x @ jnp.outer(p["u"], p["v"]) @ p["w"]
+
+    fc = fcjax.front_contribute(apply, params, x, optimizer=SGD, exactness="flow", rebalance=True)
+    full = fc.expand(fc.params)
+    assert jax.tree.map(jnp.shape, full) == jax.tree.map(jnp.shape, params)
+    np.testing.assert_allclose(apply(full, x), apply(params, x), atol=1e-12)
+    np.testing.assert_allclose(fc.apply(fc.params, x), apply(params, x), atol=1e-12)

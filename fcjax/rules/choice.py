@@ -116,8 +116,8 @@ class _Chooser:
     def chosen(self, data: Data) -> Reduction:
         """Both rules, or compression alone if the optimizer does not allow them together.
 
-        What is folded along gradient flow is not compressed too, and the radial closure leaves
-        nothing to the other rules.
+        What is folded along gradient flow is not compressed too, what is compressed follows no
+        other weight, and the radial closure leaves nothing to the other rules.
         """
         if self.exactness == "approximate":
             radial = radial_fold(self.network, self.tree.leaves, self.tree.paths)
@@ -130,6 +130,12 @@ class _Chooser:
         if self.exactness != "discrete":
             self._propose_flows(followers)
         compressed = self._compressed(data)
+        if compressed is not None:
+            followers = {
+                leaf: (survivor, by)
+                for leaf, (survivor, by) in followers.items()
+                if compressed.shapes.keys().isdisjoint((leaf, survivor))
+            }
         both = Reduction(self.tree, followers, compressed, self.reasons, self.flows)
         if followers and compressed is not None:
             verdict = self._verdict(both)

@@ -209,6 +209,8 @@ def radial_fold(
 
 def _fault(leaf: int, writers: Sequence[Symmetry], leaves: Sequence[Any]) -> str:
     """Why a hidden leaf does not follow from the laws of its units; nothing if it does."""
+    if np.asarray(leaves[leaf]).dtype not in (np.float32, np.float64):
+        return "the radial closure needs float32 or float64"
     places = [place for layer in writers for place in layer.incoming if place.leaf == leaf]
     if len(places) != 1:
         return (
@@ -220,8 +222,6 @@ def _fault(leaf: int, writers: Sequence[Symmetry], leaves: Sequence[Any]) -> str
     covered = np.prod(writers[0].units) * places[0].rows(np.asarray(leaves[leaf])).shape[-1]
     if covered != np.size(leaves[leaf]):
         return "the radial closure needs all of a hidden weight to belong to units"
-    if np.asarray(leaves[leaf]).dtype not in (np.float32, np.float64):
-        return "the radial closure needs float32 or float64"
     without = int(np.sum(np.asarray(_squares(writers[0].incoming, leaves)) == 0))
     if without:
         return f"the radial closure keeps the directions of weights, and {without} units have none"
