@@ -237,6 +237,19 @@ def test_laws_of_look_ups_are_those_of_rows_that_stand_in_the_table():
     assert change(jnp.array([0, 4, -1, 4])) < 1e-14 < 1e-3 < change(jnp.array([0, 4, 9, 4]))
 
 
+def test_functions_of_integers_with_a_derivative_of_their_own_are_none_of_units():
+    @jax.custom_jvp
+    def rounded(x):
+        return jnp.round(4 * x) / 4
+
+    rounded.defjvp(lambda primals, tangents: (rounded(*primals), tangents[0]))
+    rng = np.random.default_rng(0)
+    params = {"a": jnp.asarray(rng.normal(size=(3, 4))), "b": jnp.asarray(rng.normal(size=(4, 2)))}
+    apply_fn = lambda p, n, x: rounded(n) * (x @ p["a"] @ p["b"])  # noqa: E731
+    laws = fcjax.conservation_laws(apply_fn, params, jnp.int32(3), jnp.ones((5, 3)))
+    assert len(laws) == 10
+
+
 def test_bad_arguments_are_refused_as_by_front_contribute():
     apply_fn, params, x = mlp()
     with pytest.raises(fcjax.FrontContributionError, match="apply_fn must be a function"):

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fcjax import compat
@@ -286,6 +287,8 @@ def is_relu(equation: Equation) -> bool:
     if equation.name != "custom_jvp_call" or len(equation.inputs) != 1:
         return False
     x = jax.ShapeDtypeStruct(*_array(equation.inputs[0].aval))
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return False  # integers have no derivative
     return _formulas(equation.source, x) == _relu_formulas(x)
 
 
