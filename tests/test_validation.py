@@ -17,13 +17,15 @@ from fcjax.errors import RefutedError
 from fcjax.expressions import algebra, deviations, windowed
 from fcjax.laws import symmetries
 from fcjax.merging import forming
-from fcjax.numbers.interpreter import values_of
+from fcjax.numbers.drawing import Draw
+from fcjax.numbers.interpreter import Interpreter, values_of
 from fcjax.planning import rowwise
 from fcjax.planning.plan import always_fold
 from fcjax.rules import choice
 from fcjax.rules.compress import Compression
 from fcjax.rules.reduction import Reduction
 from fcjax.running import evaluate, numerics, program
+from fcjax.validation import bodies
 from fcjax.validation.plans import RAISE
 
 SHAPES = {
@@ -358,6 +360,11 @@ def test_numbers_that_are_added_up_round_as_they_may(dtype):
         return moved + 0.1 * (product - moved)
 
     assert not fcjax.front_contribute(fn, params, x).plan.refuted
+
+
+def test_what_is_not_finite_says_nothing_about_the_size_of_the_rest():
+    whole = Interpreter(Draw(set()).run).whole
+    assert bodies._largest([whole(np.array([3.0, -np.inf, np.nan])), whole(np.ones(2))])[0] == 3.0
 
 
 def test_what_cancels_in_a_loop_is_compared_with_what_goes_into_it():

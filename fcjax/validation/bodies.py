@@ -93,7 +93,7 @@ def _is_huge(x: Any) -> Any:
 
 def _largest(values: Iterable[Any]) -> tuple[float, float]:
     """The size of the numbers that go in and out: what cancels has none of its own."""
-    sizes = [size(x) for x in values if isinstance(x, Numbers)]
+    sizes = [size(_kept(x, x)) for x in values if isinstance(x, Numbers)]
     return tuple(map(max, zip((0.0, 0.0), *sizes, strict=True)))
 
 
